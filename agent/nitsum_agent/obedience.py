@@ -1,0 +1,62 @@
+"""What an agent makes of a directive, given what it obeyed before: accept, answer as before, or reject with a typed reason. Pure."""
+
+from dataclasses import dataclass, field
+
+from nitsum_api import CONTRACT_VERSION
+from nitsum_api.agent.v1 import agent_pb2
+
+Reason = agent_pb2.ApplyResponse.Rejected.Reason
+REMEMBERED_MAX = 64
+"""Operation ids whose answer is remembered; older ones are covered by their generation."""
+
+
+@dataclass
+class Memory:
+    """What the journal holds. `answers` maps operation ids to their answers, oldest first."""
+
+    highest_term: int = 0
+    generation: int = 0
+    directive: agent_pb2.NodeDirective | None = None
+    answers: dict[str, agent_pb2.ApplyResponse] = field(default_factory=dict)
+
+    def obeyed(self, directive: agent_pb2.NodeDirective, answer: agent_pb2.ApplyResponse) -> None:
+        self.highest_term = max(self.highest_term, directive.term)
+        if answer.WhichOneof("answer") == "accepted":
+            self.generation = max(self.generation, directive.generation)
+            self.directive = directive
+        self.answers.pop(directive.operation_id, None)
+        self.answers[directive.operation_id] = answer
+        while len(self.answers) > REMEMBERED_MAX:
+            self.answers.pop(next(iter(self.answers)))
+
+
+def rejected(reason: "Reason.ValueType", message: str, highest_term: int = 0) -> agent_pb2.ApplyResponse:
+    return agent_pb2.ApplyResponse(rejected=agent_pb2.ApplyResponse.Rejected(reason=reason, message=message, highest_term=highest_term))
+
+
+def judge(memory: Memory, request: agent_pb2.ApplyRequest, now_s: float, gpu_uuids: frozenset[str]) -> agent_pb2.ApplyResponse | None:
+    """The answer, or None: journal it and hand it to the host. `now_s`: Unix time; an empty set of GPUs is not checked."""
+    d = request.directive
+    if request.contract_version != CONTRACT_VERSION:
+        text = f"this agent speaks contract {CONTRACT_VERSION}, the caller {request.contract_version or 'none'}: upgrade the older side"
+        return rejected(Reason.REASON_CONTRACT_VERSION, text, memory.highest_term)
+    if d.term < memory.highest_term:
+        text = f"term {d.term} is over: a leader of term {memory.highest_term} was here; take a higher one"
+        return rejected(Reason.REASON_STALE_TERM, text, memory.highest_term)
+    if not d.operation_id or d.term == 0 or d.generation == 0:
+        return rejected(Reason.REASON_INVALID, "operation_id, term and generation must be set", memory.highest_term)
+    if (before := memory.answers.get(d.operation_id)) is not None:
+        if before.WhichOneof("answer") == "accepted":
+            return agent_pb2.ApplyResponse(already_done=agent_pb2.ApplyResponse.AlreadyDone())
+        return before
+    if d.generation <= memory.generation:
+        text = f"generation {d.generation} is not above {memory.generation}, which is in force"
+        return rejected(Reason.REASON_STALE_GENERATION, text, memory.highest_term)
+    if d.HasField("deadline") and d.deadline.ToNanoseconds() / 1e9 < now_s:
+        return rejected(Reason.REASON_DEADLINE_PASSED, "the deadline is in the past: plan again, or set the clocks", memory.highest_term)
+    wanted = {u for g in d.layout for u in g.gpu_uuids} | {u for e in d.residency for u in e.gpu_uuids}
+    unknown = wanted - gpu_uuids if gpu_uuids else set()
+    if unknown:
+        text = f"GPUs {sorted(unknown)} are not on this node; it has {sorted(gpu_uuids)}"
+        return rejected(Reason.REASON_UNKNOWN_GPU, text, memory.highest_term)
+    return None

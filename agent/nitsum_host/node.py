@@ -1,0 +1,328 @@
+"""What the host knows: engines, groups with epochs and ledgers, streams. Everything here runs on one event loop and never blocks."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nitsum.layout import Group, Layout
+from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger
+from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.node.v1 import node_pb2
+from nitsum_api.types.v1 import types_pb2
+from nitsum_sglang.port import Engine, EngineInfo, EngineRequest
+
+log = logging.getLogger(__name__)
+Finish, Refused = node_pb2.Finish, node_pb2.Refused
+State = types_pb2.GroupState
+QUEUE_S = 60.0
+"""How long a request may wait for its turn when the gateway does not say."""
+CLOSED_REMEMBERED_MAX = 512
+WAITING_MAX = 1024
+"""Requests that gather at a group whose engine is not awake yet."""
+ADMISSIONS = {
+    types_pb2.ADMISSION_FEASIBLE: Admission.FEASIBLE,
+    types_pb2.ADMISSION_BEST_EFFORT: Admission.BEST_EFFORT,
+    types_pb2.ADMISSION_BACKGROUND: Admission.BACKGROUND,
+}
+
+
+class Session(Protocol):
+    """One gateway front on the node data port."""
+
+    number: int
+
+    def send(self, frame: node_pb2.AttachResponse) -> None: ...
+
+
+@dataclass
+class Live:
+    """A group in the table."""
+
+    group: Group
+    wire: types_pb2.Group
+    state: "State.ValueType"
+    ledger: Ledger
+    waiting: "list[Stream]" = field(default_factory=list)
+
+
+@dataclass
+class Stream:
+    """One submission. `rid` is the engine's name for it."""
+
+    rid: str
+    session: Session
+    submit: node_pb2.Submit
+    group_id: str
+    arrived: float
+    on_engine: bool = False
+    moving: bool = False
+    tokens: int = 0
+
+
+@dataclass
+class Slot:
+    """A resident engine."""
+
+    engine: Engine
+    wire: types_pb2.ResidentEngine
+    info: EngineInfo | None = None
+    state: "agent_pb2.EngineReport.State.ValueType" = agent_pb2.EngineReport.STATE_STARTING
+    restarts: int = 0
+    message: str = ""
+    reader: "asyncio.Task[None] | None" = None
+
+
+class Node:
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.slots: dict[str, Slot] = {}
+        self.groups: dict[str, Live] = {}
+        self.closed: dict[str, tuple[str, ...]] = {}
+        """Successors by id of groups that are gone."""
+        self.streams: dict[str, Stream] = {}
+        self.by_request: dict[tuple[int, str], str] = {}
+        self.sessions: set[Session] = set()
+        self.draining = False
+        self.changed = asyncio.Event()
+        self._serial = 0
+
+    def touch(self) -> None:
+        """Something that reports show has changed."""
+        self.changed.set()
+        view = self.view()
+        for session in self.sessions:
+            session.send(view)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(tuple(live.group for live in self.groups.values() if live.state != State.GROUP_STATE_OPENING))
+
+    # Requests
+
+    def submit(self, session: Session, submit: node_pb2.Submit) -> None:
+        request = session.number, submit.request_id
+        if not submit.request_id or request in self.by_request:
+            return self._refuse(session, submit.request_id, Refused.REASON_INVALID, "request_id: empty, or in flight already")
+        if self.draining:
+            return self._refuse(session, submit.request_id, Refused.REASON_DRAINING, "the node is draining", submit.group_id)
+        live = self.groups.get(submit.group_id)
+        if live is None:
+            known = submit.group_id in self.closed
+            reason = Refused.REASON_MOVED if known else Refused.REASON_UNKNOWN_GROUP
+            return self._refuse(session, submit.request_id, reason, "the group is gone", submit.group_id)
+        if live.state == State.GROUP_STATE_CLOSING or submit.epoch != live.wire.epoch:
+            return self._refuse(session, submit.request_id, Refused.REASON_MOVED, "the group has moved on", submit.group_id)
+        slot = self.slots.get(live.group.engine_id)
+        longest = slot.info.max_req_input_len if slot and slot.info else 0
+        if longest and len(submit.input_ids) > longest:
+            return self._refuse(
+                session, submit.request_id, Refused.REASON_TOO_LONG, f"{len(submit.input_ids)} tokens, at most {longest} fit"
+            )
+        self._serial += 1
+        stream = Stream(f"{session.number}-{self._serial}.", session, submit, submit.group_id, time.monotonic() - submit.age_ms / 1e3)
+        self.streams[stream.rid] = stream
+        self.by_request[request] = stream.rid
+        if live.state == State.GROUP_STATE_OPEN:
+            self._admit(live, stream)
+        elif len(live.waiting) >= WAITING_MAX:
+            self._refuse_stream(stream, Refused.REASON_FULL, "the group is not awake yet and its waiting room is full", 1000)
+        else:
+            live.waiting.append(stream)
+
+    def _admit(self, live: Live, stream: Stream) -> None:
+        s, now = stream.submit, time.monotonic()
+        left = max(s.sampling.max_new_tokens - s.resume_k, 1)
+        admission = ADMISSIONS.get(s.admission, Admission.BEST_EFFORT)
+        wait_s = s.queue_ms / 1e3 if s.queue_ms else QUEUE_S
+        entry = Entry(stream.rid, s.tier, admission, len(s.input_ids) + left, stream.arrived, now + wait_s, s.suspect)
+        answer = live.ledger.submit(entry, now)
+        if isinstance(answer, Full):
+            return self._refuse_stream(stream, Refused.REASON_FULL, "the group's queues are full", answer.retry_after_ms)
+        admitted = node_pb2.Admitted(request_id=s.request_id, admission=s.admission)
+        stream.session.send(node_pb2.AttachResponse(admitted=admitted))
+        if isinstance(answer, Admitted):
+            self._start(live, stream)
+
+    def _start(self, live: Live, stream: Stream) -> None:
+        stream.on_engine = True
+        self.slots[live.group.engine_id].engine.submit(EngineRequest(stream.rid, stream.submit))
+
+    def _started(self, live: Live, entries: list[Entry]) -> None:
+        for entry in entries:
+            if entry.rid in self.streams:
+                self._start(live, self.streams[entry.rid])
+
+    def abort(self, session: Session, request_id: str) -> None:
+        rid = self.by_request.get((session.number, request_id))
+        if rid is None:
+            return
+        stream = self.streams[rid]
+        live = self.groups.get(stream.group_id)
+        if stream.on_engine and live is not None:
+            self.slots[live.group.engine_id].engine.abort(rid)
+        else:
+            self._finish(stream, Finish(kind=Finish.KIND_ABORTED))
+
+    def leave(self, session: Session) -> None:
+        """A gateway is gone: so are its requests."""
+        self.sessions.discard(session)
+        for stream in [s for s in self.streams.values() if s.session is session]:
+            self.abort(session, stream.submit.request_id)
+
+    def expire(self) -> None:
+        now = time.monotonic()
+        for live in self.groups.values():
+            for entry in live.ledger.expire(now):
+                if entry.rid in self.streams:
+                    self._refuse_stream(self.streams[entry.rid], Refused.REASON_QUEUE_TIMEOUT, "waited too long for its turn", 1000)
+            self._started(live, live.ledger.start())
+
+    # What engines say
+
+    def on_step(self, deltas: list[node_pb2.TokenDelta]) -> None:
+        batches: dict[Session, node_pb2.TokenBatch] = {}
+        for delta in deltas:
+            stream = self.streams.get(delta.request_id)
+            if stream is None:
+                continue
+            delta.request_id = stream.submit.request_id
+            stream.tokens = delta.prompt_tokens + delta.completion_tokens
+            if delta.HasField("finish"):
+                if stream.moving and delta.finish.kind == Finish.KIND_ABORTED:
+                    delta.finish.CopyFrom(Finish(kind=Finish.KIND_MOVED, successors=self.successors(stream.group_id)))
+                self._forget(stream)
+            batches.setdefault(stream.session, node_pb2.TokenBatch()).deltas.append(delta)
+        for session, batch in batches.items():
+            session.send(node_pb2.AttachResponse(tokens=batch))
+
+    def on_engine_ended(self, engine_id: str, message: str) -> None:
+        """Its streams are told; its group waits for the engine that comes back."""
+        slot = self.slots.get(engine_id)
+        if slot is not None:
+            slot.state, slot.message = agent_pb2.EngineReport.STATE_FAILED, message[:500]
+        for live in [g for g in self.groups.values() if g.group.engine_id == engine_id]:
+            ours = [s for s in self.streams.values() if s.group_id == live.group.group_id and s not in live.waiting]
+            for stream in ours:
+                crashed = stream.on_engine and not stream.moving
+                kind = Finish.KIND_ENGINE_CRASHED if crashed else Finish.KIND_MOVED
+                self._finish(stream, Finish(kind=kind, successors=self.successors(live.group.group_id)))
+            live.ledger.clear()
+            if live.state == State.GROUP_STATE_OPEN:
+                live.state = State.GROUP_STATE_FAILED
+        self.touch()
+
+    # The end of a stream
+
+    def _forget(self, stream: Stream) -> None:
+        self.streams.pop(stream.rid, None)
+        self.by_request.pop((stream.session.number, stream.submit.request_id), None)
+        live = self.groups.get(stream.group_id)
+        if live is None:
+            return
+        if stream in live.waiting:
+            live.waiting.remove(stream)
+        self._started(live, live.ledger.finish(stream.rid, time.monotonic()))
+
+    def _finish(self, stream: Stream, finish: node_pb2.Finish) -> None:
+        self._forget(stream)
+        delta = node_pb2.TokenDelta(request_id=stream.submit.request_id, finish=finish)
+        stream.session.send(node_pb2.AttachResponse(tokens=node_pb2.TokenBatch(deltas=[delta])))
+
+    def _refuse_stream(self, stream: Stream, reason: "node_pb2.Refused.Reason.ValueType", message: str, retry_after_ms: int = 0) -> None:
+        self._forget(stream)
+        self._refuse(stream.session, stream.submit.request_id, reason, message, stream.group_id, retry_after_ms)
+
+    def _refuse(
+        self,
+        session: Session,
+        request_id: str,
+        reason: "node_pb2.Refused.Reason.ValueType",
+        message: str,
+        group_id: str = "",
+        retry_after_ms: int = 0,
+    ) -> None:
+        successors = self.successors(group_id) if reason in (Refused.REASON_MOVED, Refused.REASON_DRAINING) else []
+        refused = Refused(request_id=request_id, reason=reason, message=message, epoch=self.epoch, successors=successors)
+        refused.retry_after_ms = retry_after_ms
+        session.send(node_pb2.AttachResponse(refused=refused))
+
+    def successors(self, group_id: str) -> list[node_pb2.Successor]:
+        """Groups that take over, with the epoch at which they serve or will serve."""
+        ids = [group_id] if group_id in self.groups and self.groups[group_id].state == State.GROUP_STATE_OPEN else []
+        ids += self.closed.get(group_id, ())
+        return [node_pb2.Successor(group_id=i, epoch=self.groups[i].wire.epoch) for i in ids if i in self.groups]
+
+    # Groups, as flips move them
+
+    def known(self, group: Group, wire: types_pb2.Group, epoch: int, state: "State.ValueType") -> Live:
+        slot = self.slots.get(group.engine_id)
+        wire = types_pb2.Group.FromString(wire.SerializeToString())
+        wire.epoch = epoch
+        ledger = Ledger(group.capacity, group.shares, slot.info.max_total_tokens if slot and slot.info else 0)
+        self.groups[group.group_id] = live = Live(group, wire, state, ledger)
+        self.closed.pop(group.group_id, None)
+        return live
+
+    def close(self, group_id: str, successors: tuple[str, ...]) -> None:
+        live = self.groups[group_id]
+        live.state = State.GROUP_STATE_CLOSING
+        self.closed[group_id] = successors
+        while len(self.closed) > CLOSED_REMEMBERED_MAX:
+            self.closed.pop(next(iter(self.closed)))
+        queued = {e.rid for e in live.ledger.empty_queues()}
+        for stream in [s for s in self.streams.values() if s.rid in queued or s in live.waiting]:
+            self._refuse_stream(stream, Refused.REASON_MOVED, "the group is closing")
+
+    def abort_streams(self, group_id: str) -> bool:
+        """Aborts what runs on the group; False when nothing does."""
+        live = self.groups[group_id]
+        running = [s for s in self.streams.values() if s.group_id == group_id and s.on_engine]
+        for stream in running:
+            stream.moving = True
+            self.slots[live.group.engine_id].engine.abort(stream.rid)
+        return bool(running)
+
+    def end_streams(self, group_id: str) -> None:
+        """What has not ended by itself is over now; its late tokens are dropped."""
+        for stream in [s for s in self.streams.values() if s.group_id == group_id]:
+            self._finish(stream, Finish(kind=Finish.KIND_MOVED, successors=self.successors(group_id)))
+
+    def open(self, group_id: str) -> None:
+        live = self.groups[group_id]
+        live.state = State.GROUP_STATE_OPEN
+        self.closed.pop(group_id, None)
+        waiting, live.waiting = live.waiting, []
+        for stream in waiting:
+            self._admit(live, stream)
+
+    def remove(self, group_id: str, successors: tuple[str, ...]) -> None:
+        live = self.groups[group_id]
+        self.closed[group_id] = successors
+        for stream in [s for s in self.streams.values() if s.group_id == group_id]:
+            self._finish(stream, Finish(kind=Finish.KIND_MOVED, successors=self.successors(group_id)))
+        assert not live.waiting
+        del self.groups[group_id]
+
+    # Reports
+
+    def load(self, live: Live) -> types_pb2.GroupLoad:
+        slot = self.slots.get(live.group.engine_id)
+        return types_pb2.GroupLoad(
+            running=len(live.ledger.running),
+            queued_feasible=live.ledger.queued(Admission.FEASIBLE),
+            queued_best_effort=live.ledger.queued(Admission.BEST_EFFORT) + len(live.waiting),
+            queued_background=live.ledger.queued(Admission.BACKGROUND),
+            resident_tokens=sum(s.tokens for s in self.streams.values() if s.group_id == live.group.group_id),
+            kv_capacity_tokens=slot.info.max_total_tokens if slot and slot.info else 0,
+        )
+
+    def view(self) -> node_pb2.AttachResponse:
+        groups = [
+            node_pb2.NodeView.GroupView(
+                group_id=i, epoch=live.wire.epoch, state=live.state, load=self.load(live), capacity=live.wire.capacity
+            )
+            for i, live in self.groups.items()
+        ]
+        return node_pb2.AttachResponse(view=node_pb2.NodeView(groups=groups))

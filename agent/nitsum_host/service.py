@@ -1,0 +1,201 @@
+"""HostService: the agent's orders. One directive at a time; it is carried out to its end even if the agent goes away."""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from nitsum.flip import Deadlines
+from nitsum.layout import FlipMode, Layout
+from nitsum.residency import Residency
+from nitsum_api import CONTRACT_VERSION
+from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.host.v1 import host_pb2, host_pb2_grpc
+from nitsum_api.types.v1 import types_pb2
+from nitsum_host.engines import Engines
+from nitsum_host.flips import FlipRun
+from nitsum_host.journal import Journal
+from nitsum_host.node import Node
+from nitsum_host.read import Illegal, Reason, residency_and_layout
+from nitsum_sglang.port import EngineEnded
+
+log = logging.getLogger(__name__)
+Context = grpc.aio.ServicerContext[Any, Any]
+Response = agent_pb2.ApplyResponse
+MODES = {
+    types_pb2.FLIP_MODE_LET_FINISH: FlipMode.LET_FINISH,
+    types_pb2.FLIP_MODE_MIGRATE_FIRST: FlipMode.MIGRATE_FIRST,
+}
+
+
+class Host(host_pb2_grpc.HostServiceServicer):
+    def __init__(
+        self, node: Node, engines: Engines, journal: Journal, state_dir: Path, gpus: list[agent_pb2.Gpu], node_address: str
+    ) -> None:
+        self.node, self.engines, self.journal, self.state_dir = node, engines, journal, state_dir
+        self.gpus, self.node_address = gpus, node_address
+        self.incarnation = uuid.uuid4().hex
+        self.applied = ""
+        self.generation = 0
+        self.running: asyncio.Task[None] | None = None
+        self.running_id = ""
+        self.flip: FlipRun | None = None
+        self.problem = ""
+        self.models: dict[str, agent_pb2.ModelFacts] = {}
+
+    async def Describe(self, request: host_pb2.DescribeRequest, context: Context) -> host_pb2.DescribeResponse:
+        return host_pb2.DescribeResponse(
+            contract_version=CONTRACT_VERSION,
+            engine_build=f"sglang {importlib.metadata.version('sglang')}",
+            node_address=self.node_address,
+            gpus=self.gpus,
+            applied_operation_id=self.applied,
+            incarnation=self.incarnation,
+        )
+
+    def _inspect(self, pool: agent_pb2.PoolDirective) -> agent_pb2.ModelFacts:
+        """What the checkpoint says; `problem` where it cannot be served."""
+        facts = agent_pb2.ModelFacts(model=pool.model.name)
+        if pool.model.source.WhichOneof("source") != "path":
+            facts.problem = "only model sources with a path are served by this build"
+            return facts
+        try:
+            from nitsum_sglang.checkpoint import read_facts, revision
+
+            read = read_facts(pool.model.source.path, pool.model.name)
+            facts.revision = revision(pool.model.source.path)
+        except Exception as e:  # whatever is wrong with a user's checkpoint belongs into the report
+            facts.problem = str(e)
+            return facts
+        facts.legal_tp.extend(read.legal_tp(max(len(self.gpus), 1)))
+        facts.weight_bytes, facts.kv_bytes_per_token, facts.context_length = read.weight_bytes, read.kv_bytes_per_token, read.context_length
+        return facts
+
+    async def Inspect(self, request: host_pb2.InspectRequest, context: Context) -> host_pb2.InspectResponse:
+        return host_pb2.InspectResponse(models=[await asyncio.to_thread(self._inspect, p) for p in request.pools])
+
+    async def Apply(self, request: host_pb2.ApplyRequest, context: Context) -> host_pb2.ApplyResponse:
+        return host_pb2.ApplyResponse(answer=await self._apply(request))
+
+    async def _apply(self, request: host_pb2.ApplyRequest) -> Response:
+        d = request.directive
+        if request.contract_version != CONTRACT_VERSION:
+            return _rejected(Reason.REASON_CONTRACT_VERSION, f"this host speaks contract {CONTRACT_VERSION}")
+        if d.operation_id in (self.applied, self.running_id):
+            return Response(already_done=Response.AlreadyDone())
+        if self.running is not None and not self.running.done():
+            return _rejected(Reason.REASON_FLIP_RUNNING, f"operation {self.running_id} is running")
+        try:
+            residency, layout = residency_and_layout(d, frozenset(g.uuid for g in self.gpus))
+            await self._legal(d, residency)
+        except Illegal as e:
+            return _rejected(e.reason, str(e))
+        self.journal.write(operation_id=d.operation_id, accepted=True, epoch=self.node.epoch)
+        self.running_id, self.problem = d.operation_id, ""
+        self.running = asyncio.create_task(self._carry_out(d, residency, layout))
+        return Response(accepted=Response.Accepted())
+
+    async def _legal(self, d: agent_pb2.NodeDirective, residency: Residency) -> None:
+        for pool in d.pools:
+            if pool.model.name not in self.models or self.models[pool.model.name].problem:
+                self.models[pool.model.name] = await asyncio.to_thread(self._inspect, pool)
+            facts = self.models[pool.model.name]
+            if facts.problem:
+                raise Illegal(Reason.REASON_INVALID, f"model {pool.model.name}: {facts.problem}")
+        for e in residency.engines:
+            legal = list(self.models[e.model].legal_tp)
+            if e.tp_size not in legal:
+                raise Illegal(Reason.REASON_ILLEGAL_TP, f"model {e.model} cannot be split in {e.tp_size}: legal TP degrees are {legal}")
+
+    async def _carry_out(self, d: agent_pb2.NodeDirective, residency: Residency, layout: Layout) -> None:
+        paths = {p.model.name: p.model.source.path for p in d.pools}
+        try:
+            for name, path in paths.items():
+                self.engines.revisions[path] = self.models[name].revision
+            # Cold first, while what serves goes on; widest engines last, since they touch most GPUs.
+            for wire in sorted(d.residency, key=lambda e: (e.tp_size, e.engine_id)):
+                await self.engines.ensure(wire, paths[wire.model])
+            wires = {g.group_id: g for g in d.layout}
+            await self._flip(d, layout, wires)
+            for engine_id in [i for i in self.node.slots if residency.engine(i) is None]:
+                await self.engines.remove(engine_id)
+            if not self.problem:
+                self.applied, self.generation = d.operation_id, d.generation
+        except (EngineEnded, OSError, TimeoutError) as e:
+            self.problem = f"{type(e).__name__}: {e}"[:2000]
+            log.error("operation %s: %s", d.operation_id, self.problem)
+        finally:
+            self.running_id = ""
+            self.node.touch()
+
+    async def _flip(self, d: agent_pb2.NodeDirective, layout: Layout, wires: dict[str, types_pb2.Group]) -> None:
+        node = self.node
+        for group in layout.groups:  # what stays may still change its shares and capacity
+            live = node.groups.get(group.group_id)
+            if live is not None and live.group.engine_id == group.engine_id:
+                epoch = live.wire.epoch
+                live.group = group
+                live.wire.CopyFrom(wires[group.group_id])
+                live.wire.epoch = epoch
+                slot = node.slots[group.engine_id]
+                live.ledger.set_capacity(group.capacity, group.shares, slot.info.max_total_tokens if slot.info else 0)
+        if {g.group_id for g in layout.groups} == {g.group_id for g in node.layout.groups}:
+            return
+        deadlines = Deadlines(let_finish_s=d.let_finish_ms / 1e3)
+        mode = MODES.get(d.mode, FlipMode.ABORT)
+        self.flip = FlipRun(node, self.journal, self.state_dir, d.operation_id, layout, wires, mode, deadlines)
+        outcome = await self.flip.run()
+        if outcome != agent_pb2.FlipReport.OUTCOME_DONE:
+            self.problem = f"flip {self.flip.report.state}: {self.flip.flip.message}"
+
+    def engine_ended(self, engine_id: str) -> None:
+        if self.flip is not None and not self.flip.flip.ended:
+            self.flip.engine_ended(engine_id)
+
+    def report(self) -> agent_pb2.NodeReport:
+        node = self.node
+        return agent_pb2.NodeReport(
+            applied_operation_id=self.applied,
+            applied_generation=self.generation,
+            epoch=node.epoch,
+            groups=[agent_pb2.GroupReport(group=live.wire, state=live.state, load=node.load(live)) for live in node.groups.values()],
+            engines=[
+                agent_pb2.EngineReport(engine=s.wire, state=s.state, restarts=s.restarts, message=s.message) for s in node.slots.values()
+            ],
+            models=self.models.values(),
+            flip=self.flip.report if self.flip else None,
+            in_progress_operation_id=self.running_id,
+            problem=self.problem,
+            draining=node.draining,
+        )
+
+    async def Watch(self, request: host_pb2.WatchRequest, context: Context) -> AsyncIterator[host_pb2.WatchResponse]:
+        interval_s = min(max(request.interval_ms or 1000, 50), 60_000) / 1e3
+        while True:
+            yield host_pb2.WatchResponse(incarnation=self.incarnation, report=self.report())
+            changed = self.node.changed
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), interval_s)
+            await asyncio.sleep(0.02)  # changes come in bursts
+            changed.clear()
+
+    async def Drain(self, request: host_pb2.DrainRequest, context: Context) -> host_pb2.DrainResponse:
+        self.node.draining = True
+        self.node.touch()
+        deadline = asyncio.get_running_loop().time() + request.grace_ms / 1e3
+        while self.node.streams and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        for group_id in list(self.node.groups):
+            self.node.abort_streams(group_id)
+            self.node.end_streams(group_id)
+        return host_pb2.DrainResponse()
+
+
+def _rejected(reason: "Reason.ValueType", message: str) -> Response:
+    return Response(rejected=Response.Rejected(reason=reason, message=message))

@@ -1,0 +1,92 @@
+"""A fake of the engine port: the next token is a hash of all tokens before it, so that moved and unmoved streams compare."""
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Sequence
+
+from nitsum_api.node.v1 import node_pb2
+from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec
+
+
+def next_token(prefix: Sequence[int]) -> int:
+    return zlib.crc32(",".join(map(str, prefix)).encode()) % 1000
+
+
+class FakeEngine:
+    def __init__(self, spec: EngineSpec, step_s: float = 0.002) -> None:
+        self.spec, self.step_s = spec, step_s
+        self.wakes = True
+        """False: `wake` never returns."""
+        self.awake = False
+        self._live: dict[str, tuple[list[int], int, int]] = {}
+        self._steps: asyncio.Queue[list[node_pb2.TokenDelta] | None] = asyncio.Queue()
+        self._loop: asyncio.Task[None] | None = None
+        self._ended = ""
+
+    async def start(self) -> EngineInfo:
+        self._loop = asyncio.create_task(self._run())
+        return EngineInfo(8192, 8000, ())
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self.step_s)
+            deltas = [self._step(rid) for rid in list(self._live)] if self.awake else []
+            if deltas:
+                self._steps.put_nowait(deltas)
+
+    def _step(self, rid: str) -> node_pb2.TokenDelta:
+        tokens, prompt, limit = self._live[rid]
+        tokens.append(next_token(tokens))
+        delta = node_pb2.TokenDelta(request_id=rid, token_ids=tokens[-1:], prompt_tokens=prompt, completion_tokens=len(tokens) - prompt)
+        if len(tokens) - prompt >= limit:
+            delta.finish.kind = node_pb2.Finish.KIND_LENGTH
+            del self._live[rid]
+        return delta
+
+    def _check(self) -> None:
+        if self._ended:
+            raise EngineEnded(self._ended)
+
+    async def wake(self) -> None:
+        self._check()
+        if not self.wakes:
+            await asyncio.Event().wait()
+        self.awake = True
+
+    async def park(self) -> None:
+        self._check()
+        for rid in list(self._live):
+            self.abort(rid)
+        self.awake = False
+
+    def submit(self, request: EngineRequest) -> None:
+        ids = list(request.submit.input_ids)
+        prompt = len(ids) - request.submit.resume_k
+        self._live[request.rid] = (ids, prompt, request.submit.sampling.max_new_tokens)
+
+    def abort(self, rid: str) -> None:
+        if self._live.pop(rid, None) is not None:
+            finish = node_pb2.Finish(kind=node_pb2.Finish.KIND_ABORTED)
+            self._steps.put_nowait([node_pb2.TokenDelta(request_id=rid, finish=finish)])
+
+    async def steps(self) -> AsyncIterator[list[node_pb2.TokenDelta]]:
+        while (step := await self._steps.get()) is not None:
+            yield step
+        if self._ended != "stopped":
+            raise EngineEnded(self._ended)
+
+    async def flush_cache(self) -> bool:
+        return not self._live
+
+    def crash(self) -> None:
+        self._end("crashed")
+
+    def _end(self, why: str) -> None:
+        self._ended, self.awake = self._ended or why, False
+        self._live.clear()
+        self._steps.put_nowait(None)
+        if self._loop is not None:
+            self._loop.cancel()
+
+    async def stop(self) -> None:
+        self._end("stopped")

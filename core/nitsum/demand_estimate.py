@@ -1,0 +1,127 @@
+"""From gateways' windows to TierDemand: exponentially weighted counts, with the uncertainty of a Poisson count."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from nitsum.demand import TierDemand
+
+GAMMA = 1.02
+"""Bucket k of a length sketch holds values in (GAMMA^(k-1), GAMMA^k]: DDSketch (VLDB'19) with 1 % relative error."""
+
+
+@dataclass
+class Sketch:
+    """Weighted DDSketch histogram. At most about 1,200 buckets, since lengths end near 10^7."""
+
+    buckets: dict[int, float] = field(default_factory=dict)
+    count: float = 0.0
+    total: float = 0.0
+
+    def merge(self, buckets: dict[int, int], zeros: int, total: float, gamma: float = GAMMA) -> None:
+        for k, n in buckets.items():
+            mine = k if gamma == GAMMA else math.ceil(k * math.log(gamma) / math.log(GAMMA))
+            self.buckets[mine] = self.buckets.get(mine, 0.0) + n
+        self.count += sum(buckets.values()) + zeros
+        self.total += total
+
+    def decay(self, factor: float) -> None:
+        self.buckets = {k: v for k, n in self.buckets.items() if (v := n * factor) > 1e-3}
+        self.count *= factor
+        self.total *= factor
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    def quantile(self, q: float) -> float:
+        """Upper end of the bucket in which the q-quantile lies; 0 without data."""
+        left = q * self.count - (self.count - sum(self.buckets.values()))
+        for k in sorted(self.buckets):
+            left -= self.buckets[k]
+            if left <= 0:
+                return GAMMA**k
+        return GAMMA ** max(self.buckets) if self.buckets else 0.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one gateway saw of one tier in `seconds` up to `end`."""
+
+    pool: str
+    tier: str
+    end: float
+    seconds: float
+    arrivals: int
+    arrivals_squared: float = 0.0
+    in_flight: int = 0
+    prompt: tuple[dict[int, int], int, float] = ({}, 0, 0.0)
+    """Buckets, zeros, sum, as in LengthSketch."""
+    output: tuple[dict[int, int], int, float] = ({}, 0, 0.0)
+    gateway: str = ""
+
+
+@dataclass
+class _Tier:
+    seconds: dict[str, float] = field(default_factory=dict)
+    arrivals: float = 0.0
+    squared: float = 0.0
+    at: float = 0.0
+    in_flight: dict[str, int] = field(default_factory=dict)
+    prompt: Sketch = field(default_factory=Sketch)
+    output: Sketch = field(default_factory=Sketch)
+    frozen: TierDemand | None = None
+
+
+class DemandEstimator:
+    """One for all pools. Windows of several gateways add up; a gateway that falls silent stops counting as its time decays."""
+
+    def __init__(self, half_life_s: float = 10.0) -> None:
+        self.half_life_s = half_life_s
+        self._tiers: dict[tuple[str, str], _Tier] = {}
+
+    def observe(self, w: Window) -> None:
+        t = self._tiers.setdefault((w.pool, w.tier), _Tier(at=w.end))
+        factor = 0.5 ** (max(w.end - t.at, 0.0) / self.half_life_s)
+        t.at = max(t.at, w.end)
+        t.arrivals, t.squared = t.arrivals * factor + w.arrivals, t.squared * factor + w.arrivals_squared
+        t.seconds = {g: s * factor for g, s in t.seconds.items() if s * factor > 1e-3}
+        t.seconds[w.gateway] = t.seconds.get(w.gateway, 0.0) + w.seconds
+        t.in_flight[w.gateway] = w.in_flight
+        # Lengths change slower than rates, and a quiet tier should still know its own.
+        for sketch, (buckets, zeros, total) in ((t.prompt, w.prompt), (t.output, w.output)):
+            sketch.decay(factor**0.1)
+            sketch.merge(buckets, zeros, total)
+
+    def freeze(self, pool: str, now: float, on: bool) -> None:
+        """While a pool flips, its own queueing must not look like demand."""
+        for (p, tier), t in self._tiers.items():
+            if p == pool:
+                t.frozen = (t.frozen or replace(self._estimate(p, tier, t, now), frozen=True)) if on else None
+
+    def _estimate(self, pool: str, tier: str, t: _Tier, now: float) -> TierDemand:
+        seconds = max(t.seconds.values(), default=0.0)
+        if seconds <= 0:
+            return TierDemand(pool, tier, 0.0, observed_at=t.at)
+        rate = t.arrivals / seconds
+        # Index of dispersion of one-second counts; the CV of the gaps is its square root for a renewal process, in the long run.
+        variance = max(t.squared / seconds - rate**2, 0.0)
+        return TierDemand(
+            pool,
+            tier,
+            rate,
+            math.sqrt(max(t.arrivals, 1.0)) / seconds,
+            math.sqrt(variance / rate) if rate > 0 else 1.0,
+            t.prompt.mean,
+            t.prompt.quantile(0.9),
+            t.output.mean,
+            t.output.quantile(0.9),
+            float(sum(t.in_flight.values())),
+            t.at,
+        )
+
+    def estimate(self, now: float) -> tuple[TierDemand, ...]:
+        """Sorted by pool and tier."""
+        return tuple(t.frozen or self._estimate(p, tier, t, now) for (p, tier), t in sorted(self._tiers.items()))
+
+    def forget(self, pool: str) -> None:
+        self._tiers = {k: t for k, t in self._tiers.items() if k[0] != pool}

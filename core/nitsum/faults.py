@@ -1,0 +1,30 @@
+"""Every point at which a crash is worth a test, named once. Killing a process here must lose no token and repeat none."""
+
+from enum import StrEnum
+
+
+class FaultPoint(StrEnum):
+    OPERATOR_PLANNED = "operator.planned"
+    """Planned, intent not yet written."""
+    OPERATOR_INTENT_WRITTEN = "operator.intent-written"
+    """Intent in status, no directive sent."""
+    OPERATOR_HALF_SENT = "operator.half-sent"
+    """The first of several directives sent."""
+    AGENT_ACCEPTED = "agent.accepted"
+    """Directive checked, not yet in the journal."""
+    AGENT_JOURNALED = "agent.journaled"
+    """In the journal, not yet with the host."""
+    AGENT_FLIPPING = "agent.flipping"
+    """The host has begun the flip."""
+    HOST_CLOSED = "host.closed"
+    """A refuses new work, its streams still run."""
+    HOST_ENDED = "host.ended"
+    """A's streams have ended, A is not yet parked."""
+    HOST_PARKED = "host.parked"
+    """A is parked, B not yet awake: no engine is awake on these GPUs."""
+    HOST_AWAKE = "host.awake"
+    """B is awake, no stream resumed yet."""
+    ENGINE_WAKING = "engine.waking"
+    """Inside B, before it says that it is awake."""
+    ENGINE_RESUMING = "engine.resuming"
+    """Inside B, at the first resumed request."""

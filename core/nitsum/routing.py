@@ -1,0 +1,275 @@
+"""Which group takes a request, and what becomes of a request whose group ends under it. Pure: the simulator runs this very code.
+
+`decide` orders the groups that may take it. `Stream` owns one request from arrival to end: every token the client gets is one that an
+engine generated right after those before it; none is lost, none repeated, however often the stream moves.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+HOPS_MAX = 64
+"""Submissions of one request, refusals included, since its last token."""
+WAIT_S_MAX = 60.0
+"""Longest time that a request waits for a group, since its last token."""
+RETRY_S = 0.05
+"""Before the first new look at the routes while no group takes it; doubles up to RETRY_S_MAX."""
+RETRY_S_MAX = 1.0
+
+
+class AdmissionClass(StrEnum):
+    FEASIBLE = "Feasible"
+    BEST_EFFORT = "BestEffort"
+    BACKGROUND = "Background"
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """A group as the gateway last heard of it. `key` is unique in the fleet: (agent id, group id)."""
+
+    key: tuple[str, str]
+    epoch: int
+    serving: bool
+    """Open, or opening: it takes submissions."""
+    tiers: frozenset[str]
+    """Tiers it is meant for; empty: all."""
+    running: int = 0
+    queued: int = 0
+    capacity: int = 0
+    """Requests it can run within SLO; 0: not limited."""
+    hint: bool = False
+    """Its node does not list it as serving (any more): worth asking only for where it went."""
+
+    @property
+    def load(self) -> float:
+        busy = self.running + self.queued
+        return busy / self.capacity if self.capacity else float(busy)
+
+    @property
+    def feasible(self) -> bool:
+        return not self.capacity or self.running + self.queued < self.capacity
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Groups to try, best first (at most two)."""
+
+    groups: tuple[GroupView, ...]
+    admission: AdmissionClass
+
+
+def decide(tier: str, background: bool, view: tuple[GroupView, ...], avoid: frozenset[tuple[str, str]] = frozenset()) -> Choice | None:
+    """Least loaded first, groups meant for the tier before others, those that just refused it last. None: nothing serves."""
+    open_groups = [g for g in view if g.serving]
+    if not open_groups:
+        return None
+    meant = [g for g in open_groups if not g.tiers or tier in g.tiers]
+    pool = meant or open_groups
+    ordered = sorted(pool, key=lambda g: (g.key in avoid, g.hint, not g.feasible, g.load, g.key))
+    if background:
+        return Choice(tuple(ordered[:2]), AdmissionClass.BACKGROUND)
+    feasible = bool(meant) and ordered[0].feasible
+    return Choice(tuple(ordered[:2]), AdmissionClass.FEASIBLE if feasible else AdmissionClass.BEST_EFFORT)
+
+
+# What happened to a stream
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """From the submission `hop`; older hops are ignored."""
+
+    hop: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Finished:
+    hop: int
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Its group ended under it, or refused it as moved. Successors are group keys, best first."""
+
+    hop: int
+    successors: tuple[tuple[tuple[str, str], int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    hop: int
+    retry_after_ms: int = 0
+    fatal: str = ""
+    """Why no other group would take it either."""
+    status: int = 400
+    """HTTP status of a fatal one."""
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """Its engine died with it aboard."""
+
+    hop: int
+
+
+@dataclass(frozen=True)
+class NodeLost:
+    """The line to its node broke; the engine may be well."""
+
+    hop: int
+
+
+@dataclass(frozen=True)
+class Retried:
+    """Time has passed since no group took it."""
+
+
+@dataclass(frozen=True)
+class ClientGone:
+    pass
+
+
+Event = Tokens | Finished | Moved | Refused | Crashed | NodeLost | Retried | ClientGone
+
+
+# What to do about it
+
+
+@dataclass(frozen=True)
+class Submit:
+    """prompt + `resume` generated tokens to this group."""
+
+    hop: int
+    group: tuple[str, str]
+    epoch: int
+    admission: AdmissionClass
+    resume: int
+    suspect: bool
+
+
+@dataclass(frozen=True)
+class Deliver:
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Retry:
+    after_s: float
+
+
+@dataclass(frozen=True)
+class Abort:
+    hop: int
+    group: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Fail:
+    """To the client: an HTTP status and a message."""
+
+    status: int
+    message: str
+    retry_after_ms: int = 0
+
+
+@dataclass(frozen=True)
+class Done:
+    pass
+
+
+Command = Submit | Deliver | Retry | Abort | Fail | Done
+
+
+@dataclass
+class Stream:
+    """One request. `handle` is the only door; after Done or Fail nothing comes any more."""
+
+    tier: str
+    background: bool
+    arrived: float
+    hop: int = 0
+    group: tuple[str, str] | None = None
+    delivered: int = 0
+    moves: int = 0
+    crashes: int = 0
+    ended: bool = False
+    waiting_since: float | None = None
+    waited_s: float = 0.0
+    retries: int = 0
+    last_hop: int = 0
+    """The hop of the last token."""
+    avoid: set[tuple[str, str]] = field(default_factory=set)
+
+    def start(self, view: tuple[GroupView, ...], now: float) -> list[Command]:
+        return self._place(view, now)
+
+    def handle(self, event: Event, view: tuple[GroupView, ...], now: float) -> list[Command]:
+        if self.ended:
+            return []
+        if isinstance(event, ClientGone):
+            self.ended = True
+            return [Abort(self.hop, self.group)] if self.group else []
+        if isinstance(event, Retried):
+            return self._place(view, now) if self.group is None else []
+        if event.hop != self.hop or self.group is None:
+            return []  # of a submission that is over
+        if isinstance(event, Tokens):
+            self.delivered += len(event.ids)
+            self.avoid.clear()
+            self.waited_s, self.retries, self.last_hop = 0.0, 0, self.hop
+            return [Deliver(event.ids)]
+        if isinstance(event, Finished):
+            self.ended = True
+            return [Done()]
+        left, self.group = self.group, None
+        if isinstance(event, Refused):
+            if event.fatal:
+                return self._fail(event.status, event.fatal)
+            self.avoid.add(left)
+            return self._place(view, now, full_ms=event.retry_after_ms or 1000)
+        if isinstance(event, Crashed):
+            self.crashes += 1
+            if self.crashes > 1:
+                return self._fail(500, "the engine crashed twice on this request")
+        self.moves += 1
+        if isinstance(event, Moved) and event.successors:
+            return self._place(view, now, successors=event.successors)
+        self.avoid.add(left)  # until the next look at the routes
+        return self._place(view, now)
+
+    def _fail(self, status: int, message: str, retry_after_ms: int = 0) -> list[Command]:
+        self.ended = True
+        self.group = None
+        return [Fail(status, message, retry_after_ms)]
+
+    def _place(
+        self, view: tuple[GroupView, ...], now: float, successors: tuple[tuple[tuple[str, str], int], ...] = (), full_ms: int = 0
+    ) -> list[Command]:
+        if self.waiting_since is not None:
+            self.waited_s += max(now - self.waiting_since, 0.0)
+            self.waiting_since = None
+        if self.hop - self.last_hop >= HOPS_MAX:
+            return self._fail(503, f"no group kept this request after {HOPS_MAX} tries")
+        choice = decide(self.tier, self.background, view, frozenset(self.avoid))
+        admission = choice.admission if choice else AdmissionClass.BACKGROUND if self.background else AdmissionClass.BEST_EFFORT
+        if successors:  # the node knows better than our view, which is a second old
+            loads = {g.key: g.load for g in view}
+            key, epoch = min(successors, key=lambda s: (s[0] in self.avoid, loads.get(s[0], 0.0), s[0]))
+            return self._submit(key, epoch, admission)
+        fresh = [g for g in choice.groups if g.key not in self.avoid] if choice else []
+        if fresh:
+            return self._submit(fresh[0].key, fresh[0].epoch, admission)
+        started = self.delivered > 0 or self.moves > 0
+        if full_ms and not started:  # every group refused a request that has not begun: shed it
+            return self._fail(429, "every group of this pool is full; try again later", full_ms)
+        if self.waited_s > WAIT_S_MAX:
+            return self._fail(503, "no group serves this request")
+        self.waiting_since = now
+        self.avoid.clear()
+        self.retries += 1
+        return [Retry(min(RETRY_S * 2 ** min(self.retries - 1, 10), RETRY_S_MAX))]
+
+    def _submit(self, key: tuple[str, str], epoch: int, admission: AdmissionClass) -> list[Command]:
+        self.hop += 1
+        self.group = key
+        return [Submit(self.hop, key, epoch, admission, self.delivered, self.crashes > 0)]

@@ -1,0 +1,23 @@
+"""Dies at a named point, once: for tests that kill an engine where it hurts.
+
+The point's name stands in NITSUM_FAULT, or in the file `fault` of the engine's state folder, which may be written while it runs.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+from nitsum.faults import FaultPoint
+
+
+def visit(point: FaultPoint) -> None:
+    state_dir = os.environ.get("NITSUM_STATE_DIR")
+    if not state_dir:
+        return
+    armed, done = Path(state_dir, "fault"), Path(state_dir, f"fault.{point}.done")
+    if done.exists():
+        return
+    if os.environ.get("NITSUM_FAULT") != point and not (armed.exists() and armed.read_text().strip() == point):
+        return
+    done.touch()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""What tests, the demo and benchmarks need: models that are made on the spot. Nothing in production imports this."""

@@ -1,0 +1,64 @@
+"""A stock SGLang server as the reference: no plugin of ours but the CPU platform's, no store, overlap schedule off."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields its URL. Takes about half a minute to start on two cores."""
+    port = free_port()
+    env = {
+        **os.environ,
+        "SGLANG_PLUGINS": "nitsum_cpu",
+        "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+        "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(tp_size)),
+        "SGLANG_USE_CPU_ENGINE": "0",
+        "NITSUM_CPU_NATIVE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TMPDIR": str(folder),
+    }
+    flags = (
+        f"--model-path {model} --device cpu --tp-size {tp_size} --host 127.0.0.1 --port {port} --mem-fraction-static 0.2 "
+        "--max-total-tokens 8192 --page-size 16 --disable-overlap-schedule --attention-backend torch_native --sampling-backend pytorch "
+        "--dtype float32 --sleep-on-idle --skip-server-warmup --log-level warning"
+    ).split()
+    with (folder / "stock.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sglang.launch_server", *flags, *extra], env=env, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            _wait(f"http://127.0.0.1:{port}", process, folder / "stock.log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+
+
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 180) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the stock server ended:\n{log.read_text()[-3000:]}"
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url + "/health", timeout=5).status_code == 200:
+                return
+        time.sleep(0.3)
+    raise AssertionError(f"the stock server is not ready after {timeout_s:g} s:\n{log.read_text()[-3000:]}")

@@ -1,0 +1,95 @@
+"""What a client may set. Everything else is refused by name: a misspelt field must not be swallowed, a private one not reach an engine."""
+
+from typing import Any
+
+COMMON = frozenset(
+    [
+        "model",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "n",
+        "stream",
+        "stream_options",
+        "stop",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "seed",
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "top_k",
+        "min_p",
+        "min_tokens",
+        "repetition_penalty",
+        "regex",
+        "ebnf",
+        "ignore_eos",
+        "stop_token_ids",
+        "stop_regex",
+        "skip_special_tokens",
+        "no_stop_trim",
+        "cache_salt",
+        "response_format",
+    ]
+)
+FIELDS = {
+    "/v1/chat/completions": COMMON
+    | frozenset(
+        [
+            "messages",
+            "logprobs",
+            "top_logprobs",
+            "max_completion_tokens",
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "chat_template_kwargs",
+            "separate_reasoning",
+            "stream_reasoning",
+            "reasoning_effort",
+        ]
+    ),
+    "/v1/completions": COMMON | frozenset(["prompt", "logprobs", "echo", "suffix", "best_of", "json_schema"]),
+    "/tokenize": frozenset(["model", "prompt", "messages", "add_special_tokens"]),
+    "/detokenize": frozenset(["model", "tokens", "skip_special_tokens"]),
+}
+DEPTH_MAX = 64
+N_MAX = 64
+
+
+def problem(path: str, body: Any) -> tuple[str, str] | None:
+    """(field, message) of the first thing that is wrong, None for a body that may pass."""
+    if not isinstance(body, dict):
+        return "", "the body must be a JSON object"
+    for name in body:
+        if name not in FIELDS[path]:
+            return name, f"unknown field {name!r} for {path}"
+    if not isinstance(body.get("model"), str):
+        return "model", "model must be a string"
+    n = body.get("n")
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= N_MAX):
+        return "n", f"n must be a whole number from 1 to {N_MAX}"
+    if _depth(body) > DEPTH_MAX:
+        return "", f"the body is nested deeper than {DEPTH_MAX} levels"
+    return _media(body.get("messages"))
+
+
+def _media(messages: Any) -> tuple[str, str] | None:
+    """Text only: the server would fetch any other part's URL from inside the cluster."""
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
+        content = message.get("content") if isinstance(message, dict) else None
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
+                return f"messages[{i}].content[{j}]", f"messages[{i}].content[{j}]: only parts of type text are taken"
+    return None
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level and depth <= DEPTH_MAX:
+        depth += 1
+        level = [c for v in level for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+    return depth

@@ -1,0 +1,111 @@
+"""What a front saw of each tier since its last report: arrivals, lengths, latencies, who met their targets. No clock of its own."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from nitsum_api.gateway.v1 import gateway_pb2
+from nitsum_api.types.v1 import types_pb2
+
+GAMMA = 1.02
+"""1 % relative error: DDSketch (VLDB'19)."""
+BUCKET_MAX = math.ceil(math.log(1e7) / math.log(GAMMA))
+"""Larger values count as 10^7 tokens or milliseconds, so a sketch never has more buckets than about 1,600."""
+
+
+@dataclass
+class Sketch:
+    buckets: Counter[int] = field(default_factory=Counter)
+    zeros: int = 0
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        if value <= 0:
+            self.zeros += 1
+            return
+        self.buckets[min(max(math.ceil(math.log(value) / math.log(GAMMA)), -200), BUCKET_MAX)] += 1
+        self.total += value
+
+    def message(self) -> types_pb2.LengthSketch:
+        return types_pb2.LengthSketch(gamma=GAMMA, buckets=self.buckets, zero_count=self.zeros, sum=self.total)
+
+
+COUNTS = ("arrivals", "finished", "met_ttft", "met_tpot", "met_all", "refused", "failed", "moves")
+SKETCHES = ("prompt_tokens", "output_tokens", "ttft_ms", "tpot_ms")
+
+
+@dataclass
+class TierWindow:
+    counts: Counter[str] = field(default_factory=Counter)
+    sketches: dict[str, Sketch] = field(default_factory=lambda: {name: Sketch() for name in SKETCHES})
+
+
+class Demand:
+    """`in_flight` outlives a window, the rest does not."""
+
+    def __init__(self) -> None:
+        self.windows: dict[str, TierWindow] = {}
+        self.in_flight: Counter[str] = Counter()
+
+    def _of(self, tier: str) -> TierWindow:
+        return self.windows.setdefault(tier, TierWindow())
+
+    def arrived(self, tier: str, prompt_tokens: int) -> None:
+        w = self._of(tier)
+        w.counts["arrivals"] += 1
+        w.sketches["prompt_tokens"].add(prompt_tokens)
+        self.in_flight[tier] += 1
+
+    def moved(self, tier: str) -> None:
+        self._of(tier).counts["moves"] += 1
+
+    def left(self, tier: str) -> None:
+        """The client went away."""
+        self.in_flight[tier] -= 1
+
+    def refused(self, tier: str, status: int) -> None:
+        """A client's own mistake (400) is neither refused nor failed."""
+        self.in_flight[tier] -= 1
+        if status != 400:
+            self._of(tier).counts["refused" if status == 429 else "failed"] += 1
+
+    def finished(self, tier: types_pb2.Tier, output_tokens: int, ttft_ms: float, tpot_ms: float) -> None:
+        """tpot_ms: mean over the tokens after the first; 0 with at most one token."""
+        self.in_flight[tier.name] -= 1
+        w = self._of(tier.name)
+        in_ttft, in_tpot = not tier.ttft_ms or ttft_ms <= tier.ttft_ms, not tier.tpot_ms or tpot_ms <= tier.tpot_ms
+        w.counts.update({"finished": 1, "met_ttft": int(in_ttft), "met_tpot": int(in_tpot), "met_all": int(in_ttft and in_tpot)})
+        w.sketches["output_tokens"].add(output_tokens)
+        w.sketches["ttft_ms"].add(ttft_ms)
+        if output_tokens > 1:
+            w.sketches["tpot_ms"].add(tpot_ms)
+
+    def report(self, pool: types_pb2.PoolRef, tiers: list[str], window_s: float) -> gateway_pb2.DemandReport:
+        """Ends the window. Every tier of the pool has a row, so that silence is seen as no demand."""
+        rows = []
+        for tier in dict.fromkeys([*tiers, *self.windows, *(t for t, n in self.in_flight.items() if n)]):
+            w = self.windows.get(tier, TierWindow())
+            rows.append(
+                gateway_pb2.TierDemand(
+                    pool=pool,
+                    tier=tier,
+                    arrivals_squared=float(w.counts["arrivals"] ** 2),
+                    in_flight=max(self.in_flight[tier], 0),
+                    **{name: w.counts[name] for name in COUNTS},  # type: ignore[arg-type]
+                    **{name: w.sketches[name].message() for name in SKETCHES},  # type: ignore[arg-type]
+                )
+            )
+        self.windows = {}
+        return gateway_pb2.DemandReport(window_s=window_s, tiers=rows)
+
+
+def merge(into: gateway_pb2.TierDemand, other: gateway_pb2.TierDemand) -> None:
+    """Adds a later window of the same tier."""
+    for name in (*COUNTS, "arrivals_squared"):
+        setattr(into, name, getattr(into, name) + getattr(other, name))
+    into.in_flight = other.in_flight
+    for name in SKETCHES:
+        mine, theirs = getattr(into, name), getattr(other, name)
+        mine.gamma, mine.zero_count, mine.sum = GAMMA, mine.zero_count + theirs.zero_count, mine.sum + theirs.sum
+        for k, n in theirs.buckets.items():
+            mine.buckets[k] += n

@@ -1,0 +1,175 @@
+"""One OpenAI endpoint for all pools: picks the front by `model`, settles the tier, lets only allowed fields pass, streams the answer."""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from nitsum_gateway import allowed, metrics
+from nitsum_gateway.fronts import Front, Fronts
+
+TIER_KEY = "nitsum_tier"  # the router reads it; clients cannot set it
+
+BODY_BYTES_MAX = 16 << 20
+TIER_HEADER = "x-nitsum-tier"
+RETRY_AFTER_S = "1"
+PASSED = ("content-type", "retry-after")
+
+
+def error(
+    status: int, message: str, code: str | None = None, param: str | None = None, kind: str = "invalid_request_error"
+) -> JSONResponse:
+    """OpenAI's error shape."""
+    headers = None
+    if status in (429, 503):
+        told = re.search(r"\[retry after (\d+) ms\]", message)
+        message = re.sub(r" ?\[retry after \d+ ms\]", "", message)
+        headers = {"retry-after": str(max(-(-int(told[1]) // 1000), 1)) if told else RETRY_AFTER_S}
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
+
+
+class Dispatcher:
+    def __init__(self, fronts: Fronts) -> None:
+        self.fronts = fronts
+        self.client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5), limits=httpx.Limits(max_connections=None))
+
+    def app(self) -> Starlette:
+        posts = [Route(path, self.forward, methods=["POST"]) for path in allowed.FIELDS]
+        gets = [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
+            Route("/healthz", self.health),
+            Route("/metrics", metrics.expose),
+        ]
+        return Starlette(routes=[*posts, *gets], exception_handlers={404: _not_found})
+
+    async def health(self, request: Request) -> Response:
+        return Response("ok")
+
+    async def models(self, request: Request) -> Response:
+        data = [{"id": m, "object": "model", "created": 0, "owned_by": "nitsum"} for m in sorted(self.fronts.by_model)]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name not in self.fronts.by_model:
+            return error(404, f"no pool serves model {name!r}", "model_not_found", "model")
+        return JSONResponse({"id": name, "object": "model", "created": 0, "owned_by": "nitsum"})
+
+    async def forward(self, request: Request) -> Response:
+        path = request.url.path
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > BODY_BYTES_MAX:
+                return error(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
+        try:
+            body = json.loads(data, parse_constant=_not_json)
+        except (ValueError, RecursionError):
+            return error(400, "the body is not JSON")
+        if (wrong := allowed.problem(path, body)) is not None:
+            return error(400, wrong[1], "unknown_parameter" if wrong[0] else None, wrong[0] or None)
+        front = self.fronts.by_model.get(body["model"])
+        if front is None:
+            return error(404, f"no pool serves model {body['model']!r}", "model_not_found", "model")
+        if isinstance(tier := self._tier(front, request, body), Response):
+            return tier
+        if path.startswith("/v1/"):
+            body.pop("service_tier", None)
+            body["custom_params"] = {TIER_KEY: tier}
+        if path.startswith("/v1/") and not any(n.groups for n in front.route.nodes):
+            reason = front.route.unready_reason or "no group serves this model yet"
+            return error(503, reason, "no_capacity", kind="service_unavailable")
+        if not front.ready.is_set():
+            return error(503, f"the pool is starting {front.problem}".strip(), "not_ready", kind="service_unavailable")
+        return await self._pass(front, path, body)
+
+    def _tier(self, front: Front, request: Request, body: dict[str, Any]) -> str | Response:
+        """The header outranks the body; `auto` and `default` mean the pool's default tier."""
+        tiers = [t.name for t in front.route.tiers]
+        default = next((t.name for t in front.route.tiers if t.is_default), tiers[0] if tiers else "")
+        header = request.headers.get(TIER_HEADER)
+        asked = header if header is not None else body.get("service_tier") or "default"
+        if asked in ("auto", "default"):
+            return default
+        if asked not in tiers:
+            return error(
+                400,
+                f"unknown tier {asked!r}; this pool's tiers are {', '.join(tiers)}",
+                "unknown_tier",
+                TIER_HEADER if header else "service_tier",
+            )
+        return str(asked)
+
+    async def _pass(self, front: Front, path: str, body: dict[str, Any]) -> Response:
+        request = self.client.build_request("POST", front.url + path, json=body, headers={"authorization": f"Bearer {front.api_key}"})
+        try:
+            answer = await self.client.send(request, stream=True)
+        except httpx.HTTPError:
+            return error(503, "the pool's front does not answer", "not_ready", kind="service_unavailable")
+        headers = {k: v for k, v in answer.headers.items() if k in PASSED}
+        if answer.status_code != 200:
+            text = (await answer.aread()).decode(errors="replace")
+            await answer.aclose()
+            return _openai_error(answer.status_code, text)
+        chunks = answer.aiter_raw()
+        try:
+            first = await anext(chunks, b"")
+        except httpx.HTTPError:
+            await answer.aclose()
+            return error(503, "the pool's front ended", "not_ready", kind="service_unavailable")
+        if first.startswith(STREAMED_ERROR):  # nothing was generated: the status is still ours to choose
+            await answer.aclose()
+            return _streamed_error(first)
+        return StreamingResponse(_chunks(answer, first, chunks), answer.status_code, headers)
+
+
+def _not_json(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+STREAMED_ERROR = b'data: {"error"'
+
+
+def _streamed_error(chunk: bytes) -> JSONResponse:
+    text = chunk.split(b"\n", 1)[0].removeprefix(b"data: ").decode(errors="replace")
+    try:
+        status = int(json.loads(text)["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        status = 500
+    return _openai_error(status if 400 <= status < 600 else 500, text)
+
+
+async def _chunks(answer: httpx.Response, first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    try:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+    except httpx.HTTPError:  # the front died: no [DONE], so the client knows that this is not the end
+        broken = {"message": "the stream broke; send the request again", "type": "server_error", "param": None, "code": "stream_broken"}
+        yield b"data: " + json.dumps({"error": broken}).encode() + b"\n\n"
+    finally:  # also when the client has gone: the front hears it and aborts
+        await answer.aclose()
+
+
+def _openai_error(status: int, text: str) -> JSONResponse:
+    """SGLang's error body in OpenAI's shape, with the codes that clients look for."""
+    try:
+        body = json.loads(text)
+    except ValueError:
+        body = {}
+    inner = body.get("error", body) if isinstance(body, dict) else {}
+    message = str(inner.get("message") or text)[:2000] if isinstance(inner, dict) else text[:2000]
+    too_long = status == 400 and ("context length" in message or "longer than the model" in message or "too long" in message)
+    kind = {429: "rate_limit_error", 503: "service_unavailable"}.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return error(status, message, "context_length_exceeded" if too_long else None, kind=kind)
+
+
+async def _not_found(request: Request, exc: Exception) -> Response:
+    return error(404, f"{request.method} {request.url.path} is not served", "not_found")

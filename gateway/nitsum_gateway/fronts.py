@@ -1,0 +1,148 @@
+"""The fronts of a gateway: one process tree per pool, started when a route names the pool, ended when none does."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from nitsum_api.gateway.v1 import gateway_pb2
+from nitsum_sglang.zygote_client import PRELOAD_FRONT, Child, Zygote, ZygoteEnded, log_tail
+
+log = logging.getLogger(__name__)
+START_S = 180.0
+CONTEXT_LENGTH = 8192
+RESTART_S = (0.5, 30.0)
+HEALTHY_S = 60.0
+"""A front that served this long starts again at once."""
+DEVICE = "cpu"
+"""A front computes nothing."""
+
+
+@dataclass
+class Front:
+    """`ready` is set while its HTTP server answers."""
+
+    route: gateway_pb2.PoolRoute
+    url: str
+    api_key: str
+    context_length: int
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    child: Child | None = None
+    task: "asyncio.Task[None] | None" = None
+    problem: str = ""
+
+
+class Fronts:
+    def __init__(self, state_dir: Path, tls_dir: Path, gateway_id: str, socket_path: Path) -> None:
+        self.state_dir, self.tls_dir, self.gateway_id, self.socket_path = state_dir, tls_dir, gateway_id, socket_path
+        self.by_model: dict[str, Front] = {}
+        self.run_dir = socket_path.parent
+        self.zygote: Zygote | None = None
+        self._one = asyncio.Lock()
+
+    def apply(self, pools: list[gateway_pb2.PoolRoute]) -> None:
+        wanted = {p.model.name: p for p in pools}
+        for model in [m for m, f in self.by_model.items() if m not in wanted or wanted[m].pool.uid != f.route.pool.uid]:
+            front = self.by_model.pop(model)
+            if front.task:
+                front.task.cancel()
+        for model, route in wanted.items():
+            if model in self.by_model:
+                self.by_model[model].route = route
+                continue
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            source = route.model.source
+            length = route.model.context_length or (_context_length(source.path) if source.path else 0)
+            front = Front(route, f"http://127.0.0.1:{port}", secrets.token_urlsafe(32), length)
+            front.task = asyncio.create_task(self._keep(front, port))
+            self.by_model[model] = front
+
+    async def _keep(self, front: Front, port: int) -> None:
+        name = f"front-{front.route.pool.uid or front.route.model.name.replace('/', '_')}"
+        args = {
+            "model": front.route.model.name,
+            "model_path": front.route.model.source.path or front.route.model.source.hugging_face.repo,
+            "revision": front.route.model.source.hugging_face.revision,
+            "port": port,
+            "pool": front.route.pool.name,
+            "uid": front.route.pool.uid,
+            "gateway_id": self.gateway_id,
+            "tls_dir": str(self.tls_dir.resolve()),
+            "socket": str(self.socket_path.resolve()),
+            "api_key": front.api_key,
+            "admin_api_key": secrets.token_urlsafe(32),
+            "context_length": front.context_length,
+            "device": DEVICE,
+        }
+        wait_s = RESTART_S[0]
+        try:
+            while True:
+                began, log_path = time.monotonic(), self.state_dir / f"{name}.log"
+                try:
+                    front.child = await (await self._warm()).fork(
+                        "nitsum_gateway.front:run",
+                        args,
+                        log_path=log_path,
+                        env={"TMPDIR": str(self.state_dir.resolve())},
+                        title=f"nitsum-front: {front.route.model.name}",
+                    )
+                    waiter = asyncio.create_task(self._wait(front))
+                    await asyncio.shield(front.child.exited)
+                    waiter.cancel()
+                    front.problem = f"the front ended and is started again; its log ends: {log_tail(log_path, 500)}"
+                except (ZygoteEnded, ValueError, OSError) as error:
+                    front.problem = f"the front did not start: {error}"
+                front.ready.clear()
+                wait_s = RESTART_S[0] if time.monotonic() - began > HEALTHY_S else min(wait_s * 2, RESTART_S[1])
+                log.error("%s: %s", name, front.problem)
+                await asyncio.sleep(wait_s)
+        finally:
+            front.ready.clear()
+            if front.child is not None:
+                await front.child.kill()
+
+    async def _warm(self) -> Zygote:
+        """Started at the first need, and again when it has died: SGLang is imported once for all fronts, which end with it."""
+        async with self._one:
+            if self.zygote is None or not self.zygote.alive:
+                if self.zygote is not None:
+                    await self.zygote.stop()
+                self.zygote = Zygote(self.run_dir / "zygote.sock", self.state_dir / "zygote.log", DEVICE, PRELOAD_FRONT)
+                await self.zygote.start()
+            return self.zygote
+
+    async def _wait(self, front: Front) -> None:
+        async with httpx.AsyncClient() as client:
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if (
+                        await client.get(front.url + "/v1/models", headers={"authorization": f"Bearer {front.api_key}"})
+                    ).status_code == 200:
+                        front.ready.set()
+                        front.problem = ""
+                        return
+                await asyncio.sleep(0.2)
+
+    async def stop(self) -> None:
+        tasks = [f.task for f in self.by_model.values() if f.task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self.zygote is not None:
+            await self.zygote.stop()
+
+
+def _context_length(path: str) -> int:
+    try:
+        return int(json.loads(Path(path, "config.json").read_text())["max_position_embeddings"])
+    except (OSError, ValueError, KeyError):
+        return CONTEXT_LENGTH

@@ -1,0 +1,78 @@
+"""`nitsum-gateway`: one OpenAI endpoint (HTTPS) for all pools, and the operator's door to it (gRPC, mTLS)."""
+
+import argparse
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import grpc.aio
+import uvicorn
+
+from nitsum_api.gateway.v1 import gateway_pb2_grpc
+from nitsum_api.security import server_credentials, server_options
+from nitsum_gateway import metrics
+from nitsum_gateway.dispatcher import Dispatcher
+from nitsum_gateway.fronts import Fronts
+from nitsum_gateway.service import Gateway
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="nitsum-gateway", description=__doc__)
+    p.add_argument("--listen", required=True, metavar="HOST:PORT", help="OpenAI endpoint (HTTPS)")
+    p.add_argument("--control-listen", required=True, metavar="HOST:PORT", help="where the operator reaches this gateway (mTLS)")
+    p.add_argument("--tls-dir", required=True, type=Path, help="folder with ca.crt, tls.crt, tls.key of role gateway")
+    p.add_argument("--state-dir", required=True, type=Path, help="routes and highest term; survive restarts")
+    p.add_argument("--gateway-id", default=os.uname().nodename)
+    return p.parse_args(argv)
+
+
+async def serve(args: argparse.Namespace) -> None:
+    args.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    run_dir = Path(tempfile.mkdtemp(prefix="nitsum-gw-"))  # a Unix socket's name is short, the state folder's may not be
+    socket = run_dir / "fronts.sock"
+    fronts = Fronts(args.state_dir, args.tls_dir, args.gateway_id, socket)
+    gateway = Gateway(args.gateway_id, args.state_dir, fronts, metrics.observe)
+    control = grpc.aio.server(options=server_options())
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, control)
+    control.add_secure_port(args.control_listen, server_credentials(args.tls_dir))
+    inside = grpc.aio.server()
+    gateway_pb2_grpc.add_FrontServiceServicer_to_server(gateway, inside)
+    inside.add_insecure_port(f"unix:{socket}")
+    await inside.start()
+    os.chmod(socket, 0o600)
+    await control.start()
+    await gateway.serve()  # what was in force before a restart
+
+    host, _, port = args.listen.rpartition(":")
+    config = uvicorn.Config(
+        Dispatcher(fronts).app(),
+        host=host,
+        port=int(port),
+        ssl_certfile=str(args.tls_dir / "tls.crt"),
+        ssl_keyfile=str(args.tls_dir / "tls.key"),
+        log_level="warning",
+        timeout_graceful_shutdown=5,
+    )
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined, method-assign, unused-ignore]
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(sig, lambda: setattr(server, "should_exit", True))
+    try:
+        await server.serve()
+    finally:
+        await fronts.stop()
+        await asyncio.gather(control.stop(1), inside.stop(1))
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(serve(arguments()))
+
+
+if __name__ == "__main__":
+    main()

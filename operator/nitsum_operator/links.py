@@ -1,0 +1,127 @@
+"""Connections to agents and gateways: found by EndpointSlices, proven by mTLS and the handshake, heard by Watch."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from nitsum_api import CONTRACT_VERSION
+from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
+from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from nitsum_api.security import secure_channel
+
+CALL_S = 5.0
+BACKOFF_MAX_S = 5.0
+INTERVAL_MS = 1000
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, order=True)
+class Endpoint:
+    """`host:port` of a peer; `node_address` is the node data port beside an agent."""
+
+    address: str
+    node_name: str = ""
+    node_address: str = ""
+
+
+def endpoints(slices: list[Any], port_name: str) -> tuple[Endpoint, ...]:
+    """Of one Service's EndpointSlices, sorted, each address once."""
+    found = set()
+    for s in slices:
+        ports = {p.name: p.port for p in s.ports or []}
+        for e in s.endpoints or []:
+            for a in (e.addresses or [])[:1]:
+                host = f"[{a}]" if ":" in a else a
+                if ports.get(port_name):
+                    node = f"{host}:{ports['node']}" if ports.get("node") else ""
+                    found.add(Endpoint(f"{host}:{ports[port_name]}", e.node_name or "", node))
+    return tuple(sorted(found))
+
+
+@dataclass
+class Link:
+    """One peer. `heard_at` is monotonic seconds of the last report; `problem` says why there is none."""
+
+    endpoint: Endpoint
+    role: str
+    channel: grpc.aio.Channel
+    described: Any = None
+    report: Any = None
+    heard_at: float | None = None
+    problem: str = ""
+    mismatch: bool = False
+    task: asyncio.Task[None] | None = None
+    reports: list[Any] = field(default_factory=list)
+    """Gateways: windows not yet taken by the estimator, at most 64."""
+
+    @property
+    def stub(self) -> Any:
+        kind = agent_pb2_grpc.AgentServiceStub if self.role == "agent" else gateway_pb2_grpc.GatewayServiceStub
+        return kind(self.channel)
+
+    @property
+    def highest_term(self) -> int:
+        return max(self.described.highest_term if self.described else 0, self.report.highest_term if self.report else 0)
+
+    async def follow(self) -> None:
+        """Describe, then Watch, for ever; pauses between attempts grow to BACKOFF_MAX_S."""
+        pb: Any = agent_pb2 if self.role == "agent" else gateway_pb2
+        pause = 0.2
+        while True:
+            try:
+                stub = self.stub
+                described = await stub.Describe(pb.DescribeRequest(contract_version=CONTRACT_VERSION), timeout=CALL_S)
+                self.mismatch = described.contract_version != CONTRACT_VERSION
+                if self.mismatch:
+                    self.problem = (
+                        f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
+                    )
+                    raise ConnectionError(self.problem)
+                self.described, self.problem = described, ""
+                async for answer in stub.Watch(pb.WatchRequest(contract_version=CONTRACT_VERSION, interval_ms=INTERVAL_MS)):
+                    self.report, self.heard_at, self.problem, pause = answer.report, time.monotonic(), "", 0.2
+                    if self.role == "gateway":
+                        self.reports = [*self.reports[-63:], answer.report]
+                self.problem = "ended its report stream"
+            except (grpc.aio.AioRpcError, ConnectionError) as e:
+                text = f"{e.code().name}: {e.details()}" if isinstance(e, grpc.aio.AioRpcError) else str(e)
+                if text != self.problem:
+                    log.warning("%s %s: %s", self.role, self.endpoint.address, text)
+                self.problem = text
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, BACKOFF_MAX_S)
+
+
+class Links:
+    def __init__(self) -> None:
+        self.agents: dict[str, Link] = {}
+        self.gateways: dict[str, Link] = {}
+
+    async def update(self, role: str, found: tuple[Endpoint, ...], tls: Path) -> None:
+        """Opens links to new endpoints and closes those that are gone."""
+        links = self.agents if role == "agent" else self.gateways
+        for address in set(links) - {e.address for e in found}:
+            await self._close(links.pop(address))
+        for e in found:
+            if e.address not in links:
+                link = links[e.address] = Link(e, role, secure_channel(e.address, role, tls))
+                link.task = asyncio.create_task(link.follow(), name=f"{role} {e.address}")
+
+    async def _close(self, link: Link) -> None:
+        if link.task is not None:
+            link.task.cancel()
+            await asyncio.gather(link.task, return_exceptions=True)
+        await link.channel.close()
+
+    async def close(self) -> None:
+        for link in [*self.agents.values(), *self.gateways.values()]:
+            await self._close(link)
+
+    @property
+    def highest_term(self) -> int:
+        return max((link.highest_term for link in [*self.agents.values(), *self.gateways.values()]), default=0)

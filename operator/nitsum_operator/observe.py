@@ -1,0 +1,97 @@
+"""From agents' reports to what the planner sees."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nitsum.demand_estimate import Window
+from nitsum.layout import Capacity, Group, Layout, Role, TierShare
+from nitsum.residency import Residency, ResidentEngine
+from nitsum.topology import Gpu, Node
+from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.gateway.v1 import gateway_pb2
+from nitsum_api.types.v1 import types_pb2
+
+ROLES = {types_pb2.ROLE_MIXED: Role.MIXED, types_pb2.ROLE_PREFILL: Role.PREFILL, types_pb2.ROLE_DECODE: Role.DECODE}
+
+
+@dataclass
+class Agent:
+    """What is known of one agent. Kept when it is lost: its GPUs still count."""
+
+    agent_id: str
+    described: agent_pb2.DescribeResponse
+    report: agent_pb2.NodeReport
+    labels: dict[str, str] = field(default_factory=dict)
+    connected: bool = True
+    node_address: str = ""
+    link: Any = None
+    problem: str = ""
+
+    @property
+    def facts(self) -> dict[str, agent_pb2.ModelFacts]:
+        return {m.model: m for m in [*self.described.models, *self.report.models]}
+
+    @property
+    def in_progress(self) -> bool:
+        return bool(self.report.in_progress_operation_id) or self.report.flip.outcome == agent_pb2.FlipReport.OUTCOME_RUNNING
+
+
+def group_from(g: types_pb2.Group) -> Group:
+    return Group(
+        g.group_id,
+        g.engine_id,
+        g.pool.name,
+        g.model,
+        g.tp_size,
+        tuple(g.gpu_uuids),
+        ROLES.get(g.role, Role.MIXED),
+        tuple(TierShare(s.tier, s.share, s.max_running) for s in g.shares),
+        Capacity(g.capacity.max_running, g.capacity.max_kv_tokens, g.capacity.prefill_tokens_per_s, g.capacity.max_queued),
+    )
+
+
+def layout_of(report: agent_pb2.NodeReport) -> Layout:
+    """Groups that hold their GPUs. Those that close while others open on the same GPUs are the past."""
+    groups: list[Group] = []
+    used: set[str] = set()
+    for r in sorted(report.groups, key=lambda r: r.state == types_pb2.GROUP_STATE_CLOSING):
+        if len(r.group.gpu_uuids) == r.group.tp_size and not used & set(r.group.gpu_uuids):
+            used |= set(r.group.gpu_uuids)
+            groups.append(group_from(r.group))
+    return Layout(tuple(sorted(groups, key=lambda g: g.group_id)))
+
+
+def residency_of(report: agent_pb2.NodeReport) -> Residency:
+    engines = {e.engine.engine_id: e.engine for e in report.engines if e.state != agent_pb2.EngineReport.STATE_FAILED}
+    good = [ResidentEngine(i, e.model, e.tp_size, tuple(e.gpu_uuids)) for i, e in sorted(engines.items()) if len(e.gpu_uuids) == e.tp_size]
+    return Residency(tuple(good))
+
+
+def node_of(agent: Agent, legal_tp: Mapping[str, tuple[int, ...]]) -> Node:
+    gpus = tuple(sorted(Gpu(g.index, g.uuid, g.type, g.memory_bytes, g.island) for g in agent.described.gpus))
+    return Node(agent.agent_id, gpus, tuple(sorted(agent.labels.items())), dict(legal_tp))
+
+
+def windows(report: gateway_pb2.DemandReport) -> list[Window]:
+    """One gateway's report as the estimator takes it."""
+
+    def sketch(s: types_pb2.LengthSketch) -> tuple[dict[int, int], int, float]:
+        return dict(s.buckets), s.zero_count, s.sum
+
+    end = report.window_end.ToNanoseconds() / 1e9
+    return [
+        Window(
+            t.pool.name,
+            t.tier,
+            end,
+            report.window_s,
+            t.arrivals,
+            t.arrivals_squared,
+            t.in_flight,
+            sketch(t.prompt_tokens),
+            sketch(t.output_tokens),
+            report.gateway_id,
+        )
+        for t in report.tiers
+    ]

@@ -1,0 +1,67 @@
+"""From what is observed and accepted to a Snapshot, and from that to a Plan."""
+
+from collections.abc import Mapping
+
+from nitsum.demand import TierDemand
+from nitsum.layout import Layout
+from nitsum.planner.types import NodeView, Plan, PlannerSettings, Snapshot
+from nitsum.planner.v0 import plan
+from nitsum_operator.accept import Accepted
+from nitsum_operator.observe import Agent, layout_of, node_of, residency_of
+
+
+def legal_tp(agent: Agent, accepted: Mapping[str, Accepted]) -> dict[str, tuple[int, ...]]:
+    """Facts where there are some. Before: what the spec allows, which the agent then checks against the model's config."""
+    facts = agent.facts
+    result = {}
+    for a in accepted.values():
+        known = facts.get(a.pool.model)
+        result[a.pool.model] = tuple(known.legal_tp) if known is not None and known.legal_tp else (a.pool.allowed_tp or (1,))
+    return result
+
+
+def snapshot(
+    agents: Mapping[str, Agent],
+    accepted: Mapping[str, Accepted],
+    demand: tuple[TierDemand, ...],
+    sent: Mapping[str, Layout],
+    last_flip_at: Mapping[str, float],
+    settings: PlannerSettings,
+) -> Snapshot:
+    """`sent`: layouts of the last directives; on a node that flips, that is what it will be."""
+    views = []
+    holds: dict[str, list[str]] = {}
+    for agent_id, agent in sorted(agents.items()):
+        flipping = agent.in_progress
+        layout = sent[agent_id] if flipping and agent_id in sent else layout_of(agent.report)
+        usable = agent.connected and not agent.report.draining
+        if not usable:
+            for g in layout.groups:
+                holds.setdefault(g.pool, []).extend(g.gpu_uuids)
+            layout = Layout()
+        views.append(
+            NodeView(
+                node_of(agent, legal_tp(agent, accepted)),
+                residency_of(agent.report),
+                layout,
+                {r.group.group_id: r.load.resident_tokens for r in agent.report.groups},
+                agent.report.observed_at.ToNanoseconds() / 1e9,
+                flipping,
+                usable,
+                last_flip_at.get(agent_id),
+            )
+        )
+    by_name = {a.pool.name: a for a in accepted.values()}
+    return Snapshot(
+        tuple(a.pool for _, a in sorted(by_name.items())),
+        tuple(views),
+        demand,
+        {n: a.profile for n, a in by_name.items()},
+        {n: a.profile for n, a in by_name.items()},
+        settings,
+        {p: tuple(u) for p, u in holds.items()},
+    )
+
+
+def decide(taken: Snapshot, now: float) -> Plan:
+    return plan(taken, now)

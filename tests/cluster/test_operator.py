@@ -1,0 +1,243 @@
+"""The operator against a real API server, with the chart's permissions, and an agent that obeys: real gRPC, real mTLS."""
+
+import asyncio
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+
+from nitsum_api import CONTRACT_VERSION
+from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
+from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from nitsum_api.security import require_role, server_credentials
+from nitsum_api.types.v1 import types_pb2
+
+NAMESPACE = os.environ.get("TEST_RELEASE_NAMESPACE", "nitsum-system")
+POOL = {
+    "apiVersion": "nitsum.io/v1alpha1",
+    "kind": "ServingPool",
+    "metadata": {"name": "op-chat", "namespace": "default"},
+    "spec": {
+        "model": {"name": "tiny-llama", "source": {"path": "/models/tiny"}},
+        "budget": {"gpus": 2},
+        "tensorParallel": {"allowed": [1, 2]},
+        "tiers": [{"name": "interactive", "ttft": "2s", "tpot": "200ms"}, {"name": "batch"}],
+    },
+}
+
+
+class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
+    """A declared port's other side: does at once what a directive says. Refuses TP 4 as a model of two KV heads would."""
+
+    def __init__(self) -> None:
+        self.directives: list[agent_pb2.NodeDirective] = []
+
+    async def Describe(self, request: Any, context: Any) -> agent_pb2.DescribeResponse:
+        await require_role(context, "operator")
+        gpus = [agent_pb2.Gpu(uuid=f"slot-{i}", index=i, type="slot") for i in range(2)]
+        return agent_pb2.DescribeResponse(
+            contract_version=CONTRACT_VERSION,
+            agent_id="op-node",
+            node_name="op-node",
+            node_address="127.0.0.1:1",
+            gpus=gpus,
+            highest_term=7,
+        )
+
+    async def Apply(self, request: agent_pb2.ApplyRequest, context: Any) -> agent_pb2.ApplyResponse:
+        await require_role(context, "operator")
+        self.directives.append(request.directive)
+        return agent_pb2.ApplyResponse(accepted=agent_pb2.ApplyResponse.Accepted())
+
+    async def Watch(self, request: Any, context: Any) -> Any:
+        await require_role(context, "operator")
+        while True:
+            report = agent_pb2.NodeReport(agent_id="op-node", highest_term=7, host_connected=True)
+            report.observed_at.GetCurrentTime()
+            if self.directives:
+                d = self.directives[-1]
+                report.applied_generation, report.applied_operation_id, report.epoch = d.generation, d.operation_id, 3
+                for g in d.layout:
+                    g.epoch = 3
+                    report.groups.add(group=g, state=types_pb2.GROUP_STATE_OPEN)
+                for e in d.residency:
+                    report.engines.add(engine=e, state=agent_pb2.EngineReport.STATE_PARKED)
+                for p in d.pools:
+                    report.models.add(model=p.model.name, legal_tp=[1, 2])
+            yield agent_pb2.WatchResponse(contract_version=CONTRACT_VERSION, report=report)
+            await asyncio.sleep(0.2)
+
+
+class ListeningGateway(gateway_pb2_grpc.GatewayServiceServicer):
+    def __init__(self) -> None:
+        self.routes: list[gateway_pb2.ApplyRoutesRequest] = []
+
+    async def Describe(self, request: Any, context: Any) -> gateway_pb2.DescribeResponse:
+        await require_role(context, "operator")
+        return gateway_pb2.DescribeResponse(contract_version=CONTRACT_VERSION, gateway_id="gw")
+
+    async def ApplyRoutes(self, request: gateway_pb2.ApplyRoutesRequest, context: Any) -> gateway_pb2.ApplyRoutesResponse:
+        await require_role(context, "operator")
+        self.routes.append(request)
+        return gateway_pb2.ApplyRoutesResponse(accepted=gateway_pb2.ApplyRoutesResponse.Accepted())
+
+    async def Watch(self, request: Any, context: Any) -> Any:
+        while True:
+            report = gateway_pb2.DemandReport(
+                gateway_id="gw", window_s=1, routes_generation=self.routes[-1].generation if self.routes else 0
+            )
+            report.window_end.GetCurrentTime()
+            pool = types_pb2.PoolRef(name="default/op-chat")
+            report.tiers.add(pool=pool, tier="interactive", arrivals=2, finished=2, met_all=1)
+            yield gateway_pb2.WatchResponse(contract_version=CONTRACT_VERSION, report=report)
+            await asyncio.sleep(0.5)
+
+
+Kubectl = Callable[..., str]
+
+
+@pytest.fixture
+def ctl(request: pytest.FixtureRequest) -> Kubectl:
+    """kubectl as the administrator; `TEST_KUBECONFIG` names a server on which the chart is installed already."""
+    own = os.environ.get("TEST_KUBECONFIG")
+    if own is None:
+        request.getfixturevalue("installed")
+    kubeconfig = own or str(request.getfixturevalue("admin_kubeconfig"))
+
+    def command(*args: str, stdin: str = "") -> str:
+        done = subprocess.run(["kubectl", "--kubeconfig", kubeconfig, *args], input=stdin, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{' '.join(args)}: {done.stderr}"
+        return done.stdout
+
+    command.kubeconfig = kubeconfig  # type: ignore[attr-defined]
+    return command
+
+
+@pytest.fixture
+def operator(ctl: Kubectl, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    token = ctl("-n", NAMESPACE, "create", "token", "nitsum-operator").strip()
+    config = yaml.safe_load(Path(ctl.kubeconfig).read_text())  # type: ignore[attr-defined]
+    config["users"][0]["user"] = {"token": token}
+    path = tmp_path / "operator.kubeconfig"
+    path.touch(0o600)
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "nitsum_operator.main", "--namespace", NAMESPACE, "--kubeconfig", str(path), "--health-port", "0"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        with (tmp_path / "operator.log").open("ab") as log:
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(20)
+    print((tmp_path / "operator.log").read_text()[-8000:])
+
+
+async def until(probe: Callable[[], Any], what: str, seconds: float = 30) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := await asyncio.to_thread(probe):
+            return found
+        await asyncio.sleep(0.3)
+    raise AssertionError(f"not within {seconds} s: {what}")
+
+
+def status(ctl: Kubectl) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ctl("get", "servingpool", "op-chat", "-o", "json")).get("status", {})
+    return found
+
+
+def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:
+    return next((c for c in found.get("conditions", []) if c["type"] == kind), {})
+
+
+async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Callable[[], subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    process = operator()
+
+    def secret(name: str) -> dict[str, str]:
+        listed = json.loads(ctl("-n", NAMESPACE, "get", "secrets", "-o", "json"))["items"]
+        return next((s["data"] for s in listed if s["metadata"]["name"] == name), {})
+
+    # The API server refuses loopback addresses in EndpointSlices.
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        s.connect(("192.0.2.1", 9))
+        host = s.getsockname()[0]
+
+    async def serve(role: str) -> tuple[grpc.aio.Server, int]:
+        tls = tmp_path / role
+        tls.mkdir()
+        for name, value in (await until(lambda: secret(f"nitsum-{role}-tls"), f"the {role}'s certificate")).items():
+            (tls / name).write_bytes(base64.b64decode(value))
+        server = grpc.aio.server()
+        return server, server.add_secure_port(f"{host}:0", server_credentials(tls))
+
+    def slice_of(service: str, ports: list[dict[str, Any]]) -> str:
+        meta = {"name": f"op-test-{service}", "namespace": NAMESPACE, "labels": {"kubernetes.io/service-name": service}}
+        found = [{"addresses": [host], "nodeName": "op-node", "conditions": {"ready": True}}]
+        kind = {"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4"}
+        return json.dumps({**kind, "metadata": meta, "ports": ports, "endpoints": found})
+
+    agent, gateway = ObedientAgent(), ListeningGateway()
+    server, port = await serve("agent")
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(agent, server)
+    await server.start()
+    front, front_port = await serve("gateway")
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, front)
+    await front.start()
+    try:
+        ctl("apply", "-f", "-", stdin=slice_of("nitsum-agents", [{"name": "agent", "port": port}, {"name": "node", "port": 1}]))
+        ctl("apply", "-f", "-", stdin=slice_of("nitsum-gateways", [{"name": "gateway", "port": front_port}]))
+        ctl("apply", "-f", "-", stdin=json.dumps(POOL))
+        await until(lambda: agent.directives, "a directive")
+        first = agent.directives[0]
+        assert first.term > 7, "a leader takes a term above all that its agents have seen"
+        assert [p.pool.name for p in first.pools] == ["default/op-chat"]
+        assert {e.tp_size for e in first.residency} == {1, 2}, "every allowed TP is kept warm"
+        found = await until(lambda: condition(s := status(ctl), "Ready").get("status") == "True" and s, "Ready")
+        assert found["layout"] in ("2xTP1", "1xTP2")
+        assert found["gpus"]["summary"] == "2/2"
+        assert found["plan"]["profileOrigin"] == "modelled"
+        assert found["layout"] in ctl("get", "servingpools")
+        served = await until(lambda: next((r.pools[0] for r in gateway.routes if r.pools and r.pools[0].nodes), None), "routes")
+        assert (served.nodes[0].address, served.nodes[0].groups[0].epoch) == ("127.0.0.1:1", 3)
+        await until(lambda: status(ctl).get("attainment") == "50.0%", "what gateways report")
+        count = len(gateway.routes)
+        await asyncio.sleep(4)
+        assert len(gateway.routes) == count, "equal routes are not sent again"
+        assert len(agent.directives) == 1, "nothing changed, so nothing is sent again"
+        assert json.loads(ctl("get", "servingnode", "op-node", "-o", "json"))["status"]["gpuCount"] == 2
+
+        process.kill()
+        process.wait()
+        operator()
+        term = status(ctl)["term"]
+        await until(lambda: status(ctl)["term"] > term, "the next leader, once the Lease has run out", 40)
+        assert len(agent.directives) == 1, "a new leader adopts what runs"
+
+        ctl("patch", "servingpool", "op-chat", "--type=merge", "-p", '{"spec":{"tensorParallel":{"allowed":[1,2,4]}}}')
+        wrong = await until(lambda: (c := condition(status(ctl), "Accepted")).get("status") == "False" and c, "Accepted=False")
+        assert wrong["reason"] == "IllegalTensorParallel"
+        assert condition(status(ctl), "Ready")["status"] == "True", "what ran before stays"
+        assert len(agent.directives) == 1
+
+        ctl("delete", "servingpool", "op-chat")
+        await until(lambda: len(agent.directives) == 2, "the directive that ends it")
+        assert not agent.directives[1].layout
+    finally:
+        await server.stop(0)
+        await front.stop(0)
+        ctl("-n", NAMESPACE, "delete", "endpointslice", "op-test-nitsum-agents", "op-test-nitsum-gateways", "--ignore-not-found")
+        ctl("delete", "servingpool", "op-chat", "--ignore-not-found")

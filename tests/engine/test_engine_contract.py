@@ -1,0 +1,164 @@
+"""The engine port's contract, on real engines (tiny model, TP 1 and TP 2) and on the fake that the host's own tests use."""
+
+import asyncio
+import importlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from nitsum_api.node.v1 import node_pb2
+from nitsum_sglang import remains
+from nitsum_sglang.port import EngineEnded, EngineRequest
+from nitsum_sglang.warmup import warm_up
+
+from .conftest import StartEngine, collect, submit, tokens
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+PROMPT = list(range(10, 42))
+KIND = node_pb2.Finish
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[1, 2], ids=["tp1", "tp2"])
+async def engine(request: pytest.FixtureRequest, start_engine: StartEngine) -> AsyncIterator[object]:
+    yield await start_engine(request.param)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def awake(engine):
+    await engine.wake()
+    yield engine
+    await engine.park()
+
+
+def awake_lines(state_dir):
+    return [json.loads(line) for line in Path(state_dir, "awake.jsonl").read_text().splitlines()]
+
+
+def left_over(engine):
+    shm = {p.name for pid in engine.info.pids for p in Path("/dev/shm").glob(f"sgl_shm_*_{pid}_*")}
+    return shm | {p.name for p in Path(engine.spec.state_dir).iterdir()}
+
+
+async def drain(steps):
+    async for _ in steps:
+        pass
+
+
+async def finish(engine, rid, sub):
+    return (await collect(engine, [EngineRequest(rid, sub)]))[rid][-1].finish
+
+
+async def test_starts_parked_and_holds_work_until_it_wakes(engine) -> None:
+    engine.submit(EngineRequest("early.", submit(PROMPT, 4, ignore_eos=True)))
+    steps = engine.steps()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(steps), 0.3)
+    await engine.wake()
+    await engine.wake()
+    got = await collect(engine, [EngineRequest("then.", submit(PROMPT, 4, ignore_eos=True))])
+    assert len(tokens(got["then."])) == 4
+    await engine.park()
+    await engine.park()
+
+
+async def test_tokens_counts_and_finish(awake) -> None:
+    logged = submit(PROMPT, 5, ignore_eos=True)
+    logged.logprobs.start, logged.logprobs.top = 0, 2
+    got = await collect(awake, [EngineRequest("a.", submit(PROMPT, 5, ignore_eos=True)), EngineRequest("b.", logged)])
+    last = got["a."][-1]
+    assert tokens(got["a."]) == tokens(got["b."])
+    assert (last.finish.kind, last.prompt_tokens, last.completion_tokens) == (KIND.KIND_LENGTH, 32, 5)
+    assert sum(len(d.input_logprobs.values) for d in got["b."]) == 32
+    assert all(len(d.output_logprobs.values) == len(d.token_ids) == len(d.output_logprobs.top) for d in got["b."])
+    stopped = await finish(awake, "c.", submit(PROMPT, 5, ignore_eos=False, stop_token_ids=[tokens(got["a."])[2]]))
+    assert (stopped.kind, stopped.matched_token_id) == (KIND.KIND_STOP, tokens(got["a."])[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("vocabulary", lambda s: s.input_ids.append(5000)),
+        ("resume_k", lambda s: setattr(s, "resume_k", 32)),
+        ("empty", lambda s: s.ClearField("input_ids")),
+        ("top_p", lambda s: setattr(s.sampling, "top_p", 3.0)),
+        ("grammar", lambda s: setattr(s.sampling, "json_schema", "{not json")),
+        ("regex", lambda s: setattr(s.sampling, "regex", "(")),
+        ("logprobs", lambda s: s.logprobs.token_ids.append(1 << 20)),
+        ("too long", lambda s: s.input_ids.extend([7] * 5000)),
+    ],
+)
+async def test_a_bad_request_ends_alone(awake, name, change) -> None:
+    bad = submit(PROMPT, 5)
+    change(bad)
+    got = await collect(awake, [EngineRequest("good.", submit(PROMPT, 5, ignore_eos=True)), EngineRequest("bad.", bad)])
+    assert got["bad."][-1].finish.kind == KIND.KIND_ERROR, name
+    assert got["bad."][-1].finish.status_code in (400, 500)
+    assert got["bad."][-1].finish.message
+    assert len(tokens(got["good."])) == 5
+
+
+async def test_abort_ends_one_and_park_ends_all(awake) -> None:
+    requests = [EngineRequest(f"long{i}.", submit(PROMPT, 2000, ignore_eos=True)) for i in range(3)]
+    await collect(awake, requests, until=lambda got: all(got.values()))
+    assert not await awake.flush_cache()
+    awake.abort("long0.")
+    awake.abort("unknown.")
+    park = asyncio.create_task(awake.park())
+    ended = {}
+    async for step in awake.steps():
+        ended |= {d.request_id: d for d in step if d.HasField("finish")}
+        if len(ended) == 3:
+            break
+    await park
+    assert {d.finish.kind for d in ended.values()} == {KIND.KIND_ABORTED}
+    assert not any(d.token_ids for d in ended.values())
+    # The last step's clean-up may still be under way when its deltas are here.
+    for _ in range(100):
+        if await awake.flush_cache():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("a parked, empty engine does not flush")
+
+
+async def test_warm_up_and_its_own_log(engine) -> None:
+    await warm_up(engine)
+    lines = awake_lines(engine.spec.state_dir)
+    assert [line["event"] for line in lines] == ["wake", "park"] * (len(lines) // 2)
+    assert [line["t"] for line in lines] == sorted(line["t"] for line in lines)
+    assert lines[0]["gpus"] == list(engine.spec.gpu_uuids)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+async def test_a_killed_rank_is_the_engines_end(start_engine: StartEngine, tp: int) -> None:
+    engine = await start_engine(tp)
+    await engine.wake()
+    engine.submit(EngineRequest("x.", submit(PROMPT, 3000, ignore_eos=True)))
+    steps = engine.steps()
+    await anext(steps)
+    os.kill(engine.info.pids[-1], signal.SIGKILL)
+    with pytest.raises(EngineEnded):
+        await asyncio.wait_for(drain(steps), 10)
+    with pytest.raises(EngineEnded):
+        await engine.wake()
+    await engine.stop()
+    assert not any(map(remains.running, engine.info.pids))
+    assert left_over(engine) == {"awake.jsonl", "engine.log"}
+
+
+async def test_a_model_that_is_not_there_says_so(start_engine: StartEngine) -> None:
+    with pytest.raises(EngineEnded, match="config"):
+        await start_engine(1, extra_args=("--model-path", "/nonexistent"))
+
+
+async def test_the_hosts_fake_is_declared_to_be_an_engine() -> None:
+    try:
+        fake = importlib.import_module("nitsum_host.testing.fake_engine")
+    except ModuleNotFoundError:
+        pytest.skip("the host has no fake engine")
+    names = {"start", "wake", "park", "submit", "abort", "steps", "flush_cache", "stop"}
+    assert any(names <= set(dir(value)) for value in vars(fake).values() if isinstance(value, type))

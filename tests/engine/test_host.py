@@ -1,0 +1,226 @@
+"""A real host process with real engines: streams of a bare gateway cross TP1 x 2 -> TP2 -> TP1 x 2, token for token."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc.aio
+import pytest
+
+from nitsum_api import CONTRACT_VERSION
+from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.host.v1 import host_pb2, host_pb2_grpc
+from nitsum_api.issue import issue, new_ca
+from nitsum_api.node.v1 import node_pb2, node_pb2_grpc
+from nitsum_api.security import Identity, secure_channel
+from nitsum_api.types.v1 import types_pb2
+from nitsum_sglang.testing.models import tiny_llama
+
+from .conftest import submit
+
+POOL = types_pb2.PoolRef(name="default/chat", uid="u")
+GPUS = ["n0-slot-0", "n0-slot-1"]
+
+
+def directive(operation_id: str, generation: int, tp_size: int, *, tps: tuple[int, ...] = (1, 2)) -> agent_pb2.NodeDirective:
+    def blocks(tp: int) -> list[list[str]]:
+        return [GPUS[i : i + tp] for i in range(0, 3 - tp, tp)]
+
+    engines = [
+        types_pb2.ResidentEngine(engine_id=f"e{tp}-{i}", model="tiny", tp_size=tp, gpu_uuids=b)
+        for tp in tps
+        for i, b in enumerate(blocks(tp))
+    ]
+    groups = [
+        types_pb2.Group(group_id=f"g{tp_size}-{i}", engine_id=f"e{tp_size}-{i}", pool=POOL, model="tiny", tp_size=tp_size, gpu_uuids=b)
+        for i, b in enumerate(blocks(tp_size))
+    ]
+    model = types_pb2.Model(name="tiny", source=types_pb2.ModelSource(path=str(tiny_llama())))
+    pools = [agent_pb2.PoolDirective(pool=POOL, model=model)]
+    return agent_pb2.NodeDirective(
+        operation_id=operation_id,
+        generation=generation,
+        term=1,
+        pools=pools,
+        residency=engines,
+        layout=groups,
+        mode=types_pb2.FLIP_MODE_ABORT,
+    )
+
+
+class Running:
+    """The process, and a client for each of its two doors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.memory = Path("/dev/shm") / f"nitsum-th-{os.getpid()}"
+        ca = new_ca()
+        for role in ("host", "gateway", "operator"):
+            (folder / role).mkdir()
+            for name, data in issue(ca, Identity(role, "t")).items():
+                (folder / role / name).write_bytes(data)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{s.getsockname()[1]}"
+        argv = [
+            "--listen",
+            self.address,
+            "--tls-dir",
+            str(folder / "host"),
+            "--socket",
+            str(folder / "h.sock"),
+            "--slots",
+            "2",
+            "--node-name",
+            "n0",
+        ]
+        argv += ["--state-dir", str(folder / "s"), "--memory-dir", str(self.memory), "--no-weight-store"]
+        log = (folder / "host.log").open("wb")
+        self.process = subprocess.Popen([sys.executable, "-m", "nitsum_host.main", *argv], stdout=log, stderr=log)
+        self.channel = grpc.aio.insecure_channel(f"unix:{folder / 'h.sock'}")
+        self.stub = host_pb2_grpc.HostServiceStub(self.channel)
+
+    def log(self) -> str:
+        return (self.folder / "host.log").read_text()[-4000:]
+
+    async def apply(self, d: agent_pb2.NodeDirective) -> agent_pb2.ApplyResponse:
+        request = host_pb2.ApplyRequest(contract_version=CONTRACT_VERSION, directive=d)
+        return (await self.stub.Apply(request, timeout=90, wait_for_ready=True)).answer
+
+    async def applied(self, operation_id: str, timeout_s: float = 120) -> agent_pb2.NodeReport:
+        report = agent_pb2.NodeReport()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                async for answer in self.stub.Watch(host_pb2.WatchRequest(interval_ms=100)):
+                    report = answer.report
+                    if report.applied_operation_id == operation_id:
+                        return report
+                    assert not report.problem, report.problem + self.log()
+        raise AssertionError(f"{operation_id} was not applied: {report}{self.log()}")
+
+    async def stop(self) -> None:
+        await self.channel.close()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        finally:
+            self.process.kill()
+            shutil.rmtree(self.memory, ignore_errors=True)
+
+
+@dataclass
+class Gateway:
+    """Follows successors with exact resume, as a gateway does."""
+
+    call: "grpc.aio.StreamStreamCall[node_pb2.AttachRequest, node_pb2.AttachResponse]"
+    prompts: dict[str, list[int]] = field(default_factory=dict)
+    got: dict[str, list[int]] = field(default_factory=dict)
+    finish: dict[str, int] = field(default_factory=dict)
+    hop: dict[str, int] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    times: dict[str, list[float]] = field(default_factory=dict)
+
+    async def send(self, name: str, group_id: str, epoch: int) -> None:
+        self.hop[name] = self.hop.get(name, 0) + 1
+        out = self.got.setdefault(name, [])
+        s = submit([*self.prompts[name], *out], 120, ignore_eos=True)
+        s.request_id, s.group_id, s.epoch, s.resume_k = f"{name}:{self.hop[name]}", group_id, epoch, len(out)
+        await self.call.write(node_pb2.AttachRequest(submit=s))
+
+    async def read(self) -> None:
+        while (frame := await self.call.read()) is not grpc.aio.EOF:
+            if frame.WhichOneof("frame") == "refused":
+                name = frame.refused.request_id.split(":")[0]
+                if frame.refused.reason == node_pb2.Refused.REASON_MOVED and frame.refused.successors:
+                    await self.send(name, frame.refused.successors[0].group_id, frame.refused.successors[0].epoch)
+                else:
+                    self.problems.append(str(frame.refused))
+                    self.finish[name] = 0
+            for delta in frame.tokens.deltas:
+                name = delta.request_id.split(":")[0]
+                self.got[name] += delta.token_ids
+                self.times.setdefault(name, []).append(time.monotonic())
+                if delta.HasField("finish"):
+                    if delta.finish.kind == node_pb2.Finish.KIND_MOVED:
+                        next_ = delta.finish.successors[hash(name) % len(delta.finish.successors)]
+                        await self.send(name, next_.group_id, next_.epoch)
+                    else:
+                        self.finish[name] = delta.finish.kind
+
+
+@pytest.fixture
+async def host() -> AsyncIterator[Running]:
+    with tempfile.TemporaryDirectory(prefix="nt") as folder:
+        r = Running(Path(folder))
+        try:
+            yield r
+        finally:
+            await r.stop()
+
+
+async def streams(
+    r: Running, names: list[str], layout: agent_pb2.NodeReport, during: Callable[[], Awaitable[None]] | None = None
+) -> Gateway:
+    async with secure_channel(r.address, "host", r.folder / "gateway") as channel:
+        g = Gateway(node_pb2_grpc.NodeServiceStub(channel).Attach())
+        await g.call.write(node_pb2.AttachRequest(hello=node_pb2.Hello(contract_version=CONTRACT_VERSION, gateway_id="t", pool=POOL)))
+        reader = asyncio.create_task(g.read())
+        for i, name in enumerate(names):
+            g.prompts[name] = [10 + int(name), *range(20, 60)]
+            where = layout.groups[i % len(layout.groups)].group
+            await g.send(name, where.group_id, where.epoch)
+        async with asyncio.timeout(120):
+            if during is not None:
+                while min((len(v) for v in g.got.values()), default=0) < 10:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                await during()
+            while len(g.finish) < len(names):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        reader.cancel()
+        assert not g.problems
+        return g
+
+
+def awake_intervals(folder: Path) -> list[tuple[str, float, str, str]]:
+    rows = []
+    for file in folder.glob("s/e/*/awake.jsonl"):
+        rows += [(gpu, e["t"], e["event"], e["engine"]) for e in map(json.loads, file.read_text().splitlines()) for gpu in e["gpus"]]
+    return sorted(rows, key=lambda r: (r[0], r[1]))
+
+
+@pytest.mark.timeout(400)
+async def test_streams_cross_flips_token_for_token(host: Running) -> None:
+    assert (await host.apply(directive("op1", 1, 1))).WhichOneof("answer") == "accepted", host.log()
+    report = await host.applied("op1")
+    names = [str(i) for i in range(6)]
+    unmoved = await streams(host, names, report)
+
+    async def there_and_back() -> None:
+        for i, tp in ((2, 2), (3, 1)):
+            assert (await host.apply(directive(f"op{i}", i, tp))).WhichOneof("answer") == "accepted"
+            flip = (await host.applied(f"op{i}", 30)).flip
+            assert flip.outcome == agent_pb2.FlipReport.OUTCOME_DONE
+            if i == 2:
+                assert flip.streams_moved == len(names)
+
+    moved = await streams(host, names, report, there_and_back)
+    assert moved.got == unmoved.got
+    assert all(n >= 2 for n in moved.hop.values()), moved.hop
+    awake: dict[str, str] = {}
+    for gpu, _, event, engine in awake_intervals(host.folder):
+        assert awake.get(gpu, engine) == engine, f"{engine} woke on {gpu} while {awake[gpu]} was awake"
+        awake.pop(gpu, None) if event == "park" else awake.__setitem__(gpu, engine)
+    assert (await host.apply(directive("op3", 3, 1))).WhichOneof("answer") == "already_done"
+    wrong = await host.apply(directive("op9", 9, 2, tps=(1,)))
+    assert wrong.rejected.reason == agent_pb2.ApplyResponse.Rejected.REASON_NOT_RESIDENT

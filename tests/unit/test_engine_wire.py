@@ -1,0 +1,81 @@
+"""What schedulers send, decoded without SGLang; and what a zygote refuses."""
+
+import json
+import math
+import struct
+from array import array
+
+import msgspec
+import pytest
+
+from nitsum_api.node.v1 import node_pb2
+from nitsum_sglang import seam, wire, zygote
+
+FIELDS = ["rids", "http_worker_ipcs", "finished_reasons", "decoded_texts", "decode_ids", "output_ids"]
+FIELDS += [n for n in wire.WANTED if n not in FIELDS] + ["time_stats"]
+
+
+def ids(*values: int) -> msgspec.msgpack.Ext:
+    meta = msgspec.msgpack.encode("q")
+    return msgspec.msgpack.Ext(1, struct.pack(">I", len(meta)) + meta + array("q", values).tobytes())
+
+
+def batch(**columns: object) -> bytes:
+    base: dict[str, object] = dict.fromkeys(FIELDS)
+    base |= {"rids": ["a."], "finished_reasons": [None], "output_ids": [ids(7, 8)]}
+    base |= {"prompt_tokens": [2], "completion_tokens": [2], "cached_tokens": [0], "reasoning_tokens": [0]}
+    return msgspec.msgpack.encode(["BatchTokenIDOutput", *(base | columns).values()])
+
+
+def deltas(data: bytes, live: bool = True, aborting: bool = False) -> list[node_pb2.TokenDelta]:
+    return wire.deltas_of(wire.token_decoder(FIELDS)(data), lambda _: live, lambda _: aborting)
+
+
+def test_tokens_and_logprobs() -> None:
+    (delta,) = deltas(
+        batch(
+            output_token_logprobs_val=[[-1.5, None]],
+            output_token_logprobs_idx=[[7, 8]],
+            output_top_logprobs_val=[[[-1.5], None]],
+            output_top_logprobs_idx=[[[7], None]],
+        )
+    )
+    assert list(delta.token_ids) == [7, 8]
+    assert delta.output_logprobs.values[0] == -1.5
+    assert math.isnan(delta.output_logprobs.values[1])
+    assert [list(t.token_ids) for t in delta.output_logprobs.top] == [[7], []]
+    assert not delta.HasField("finish")
+
+
+@pytest.mark.parametrize(
+    ("reason", "aborting", "kind", "tokens"),
+    [
+        ({"type": "stop", "matched": 2}, False, node_pb2.Finish.KIND_STOP, 2),
+        ({"type": "length", "length": 2}, True, node_pb2.Finish.KIND_LENGTH, 2),
+        ({"type": "abort", "message": "Aborted"}, True, node_pb2.Finish.KIND_ABORTED, 0),
+        ({"type": "abort", "message": "bad", "status_code": 400}, False, node_pb2.Finish.KIND_ERROR, 0),
+    ],
+)
+def test_finish(reason: dict[str, object], aborting: bool, kind: int, tokens: int) -> None:
+    (delta,) = deltas(batch(finished_reasons=[reason]), aborting=aborting)
+    assert (delta.finish.kind, len(delta.token_ids)) == (kind, tokens)
+
+
+def test_what_nobody_waits_for_is_dropped() -> None:
+    assert deltas(batch(), live=False) == []
+
+
+def test_a_missing_field_is_named() -> None:
+    with pytest.raises(KeyError, match="cached_tokens"):
+        wire.token_decoder([n for n in FIELDS if n != "cached_tokens"])
+
+
+@pytest.mark.parametrize("request_", [{"target": "nothing"}, {"target": "a:b", "env": {"LD_PRELOAD": "x"}}, [], {"target": 1}])
+def test_a_zygote_refuses(request_: object) -> None:
+    with pytest.raises(ValueError, match=r"target|env"):
+        zygote.checked(json.dumps(request_).encode())
+
+
+def test_a_folder_too_long_for_sockets_is_refused() -> None:
+    with pytest.raises(ValueError, match="state_dir"):
+        seam.addresses("/" + "x" * 120)
