@@ -1,6 +1,49 @@
-"""`make demo`. Its traffic and measuring are here (`traffic.py`), its stage is not built yet: this says so instead of pretending."""
+"""`make demo`."""
 
+import os
 import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from nitsum_local.binaries import BinariesMissing
+from nitsum_local.demo.program import PROGRAMS
+from nitsum_local.demo.scenario import Scenario
+from nitsum_local.demo.view import View
+from nitsum_local.install import InstallFailed
+from nitsum_local.processes import ProcessFailed, run
+
+ROOT = Path(__file__).parents[3]
+
+
+class Model(StrEnum):
+    SMOLLM2 = "smollm2"
+    TINY = "tiny"
+
+
+def main(
+    keep: Annotated[bool, typer.Option("--keep", help="stay up after the summary, until Ctrl-C")] = False,
+    model: Annotated[Model, typer.Option(help="tiny: a random model, for tests of the demo itself")] = Model.SMOLLM2,
+    state: Annotated[Path, typer.Option(help="logs, kubeconfigs, demo.json")] = ROOT / ".nitsum",
+) -> None:
+    """A ServingPool on a real control plane, served by SGLang, flips its TP while requests stream."""
+    os.umask(0o077)
+    program = PROGRAMS[model]
+    scenario = Scenario(ROOT, state / "demo", program, View(Console(highlight=False), program.tiers))
+
+    async def demo() -> int:
+        try:
+            summary = await scenario.run(keep)
+        except (RuntimeError, TimeoutError, BinariesMissing, InstallFailed, ProcessFailed, OSError) as e:
+            print(f"make demo: {e}", file=sys.stderr)
+            return 1
+        return 0 if summary.good else 2
+
+    sys.exit(run(demo()))
+
 
 if __name__ == "__main__":
-    sys.exit("make demo is not built yet; the same work runs as a test: pytest tests/e2e/test_dataplane.py -s   (see CHANGELOG.md)")
+    typer.run(main)

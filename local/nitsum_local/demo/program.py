@@ -1,0 +1,59 @@
+"""What the demo serves and sends: the model, its pool, and three acts of traffic: its mix asks for one TP, for another, for the first."""
+
+from dataclasses import dataclass
+
+from nitsum_local.demo.traffic import Load
+from nitsum_local.stage import NodeSpec
+
+PLANNER = {"dwellSeconds": 20, "cooldownSeconds": 5}
+"""Shorter than the chart's defaults: a demo lasts minutes."""
+
+
+@dataclass(frozen=True)
+class Act:
+    """`until_flips`: ends that many flips after the demo began, but not before `least_s`; at `most_s` in any case."""
+
+    headline: str
+    loads: tuple[Load, ...]
+    until_flips: int
+    least_s: float
+    most_s: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """`others`: (example, checkpoint) of pools that are served beside `example` and get no traffic."""
+
+    checkpoint: str
+    example: str
+    nodes: tuple[NodeSpec, ...]
+    tiers: tuple[str, ...]
+    acts: tuple[Act, ...]
+    others: tuple[tuple[str, str], ...] = ()
+    max_total_tokens: int = 8192
+
+
+def _acts(interactive: Load, agents: Load, few: Load, linger_s: float, most_s: float) -> tuple[Act, ...]:
+    return (
+        Act("interactive traffic: its TPOT asks for wide groups", (interactive,), 0, linger_s, most_s),
+        Act("agents take over: many streams at a looser TPOT", (agents,), 1, linger_s, most_s),
+        Act("interactive traffic is back", (interactive, few), 2, linger_s, most_s),
+    )
+
+
+SMOLLM2 = Program(
+    "smollm2",
+    "chat",
+    (NodeSpec("node-0", 3), NodeSpec("node-1", 2)),
+    ("interactive", "agents"),
+    _acts(Load("interactive", 0.4, 40, 3), Load("agents", 1.2, 96, 8), Load("agents", 0.1, 96, 2), 10, 90),
+    others=(("tiny", "tiny"),),
+)
+TINY = Program(
+    "tiny",
+    "tiny",
+    (NodeSpec("node-0", 2), NodeSpec("node-1", 2)),
+    ("interactive", "agents"),
+    _acts(Load("interactive", 0.5, 48, 3), Load("agents", 3.0, 128, 8), Load("agents", 0.3, 128, 2), 4, 90),
+)
+PROGRAMS = {"smollm2": SMOLLM2, "tiny": TINY}

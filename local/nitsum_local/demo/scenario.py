@@ -1,0 +1,179 @@
+"""The demo from its first phase to its last."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+from openai import AsyncOpenAI
+from rich.live import Live
+
+from nitsum_local.binaries import kubectl
+from nitsum_local.demo import flips, tools
+from nitsum_local.demo.phases import Phase
+from nitsum_local.demo.program import PLANNER, Program
+from nitsum_local.demo.summary import Summary, summarise
+from nitsum_local.demo.traffic import Stream, Traffic, run_stream
+from nitsum_local.demo.view import View
+from nitsum_local.demo.watch import PoolWatch, create_pool, freeze_pool
+from nitsum_local.preflight import gather, missing
+from nitsum_local.stage import Stage, pool_manifest, wait_until
+
+NAMESPACE = "default"
+READY_S = 300.0
+SETTLE_S = 60.0
+REFERENCES_MAX = 16
+"""Moved streams that are sent again without a flip; more would add minutes, not evidence."""
+REFERENCES_AT_ONCE = 4
+
+
+class Scenario:
+    def __init__(self, root: Path, state_dir: Path, program: Program, view: View) -> None:
+        self.root, self.state_dir, self.program, self.view = root, state_dir, program, view
+        self.client: AsyncOpenAI | None = None
+
+    async def run(self, keep: bool) -> Summary:
+        """Raises RuntimeError where the machine lacks something; TimeoutError where a part does not come up."""
+        view = self.view
+        view.enter(Phase.PREFLIGHT, "what this machine has")
+        if found := missing(gather(self.root)):
+            raise RuntimeError("\n".join(f"missing: {one}" for one in found))
+        view.enter(Phase.BINARIES, "etcd, kube-apiserver, kube-controller-manager, helm: built once, then cached")
+        binaries = await tools.binaries(view.say)
+        view.enter(Phase.MODELS, "checkpoints, unpacked once")
+        names = dict.fromkeys((self.program.checkpoint, *(checkpoint for _, checkpoint in self.program.others)))
+        models = {name: await tools.model(name, view.say) for name in names}
+        view.enter(Phase.CONTROL_PLANE, "a real one, on loopback")
+        flags = ("--max-total-tokens", str(self.program.max_total_tokens))
+        async with Stage(self.state_dir, binaries, self.program.nodes, flags) as stage:
+            await stage.start_control_plane()
+            summary = await self._on(stage, models)
+            summary.write(self.state_dir.parent / "demo.json")
+            if keep:
+                view.say("everything stays up until Ctrl-C")
+                await asyncio.Event().wait()
+        return summary
+
+    async def _on(self, stage: Stage, models: Mapping[str, Path]) -> Summary:
+        view = self.view
+        view.enter(Phase.CHART, "helm install, workloads off: CRDs, permissions, Services, configuration")
+        await stage.install({"config": {"planner": PLANNER, "profile": {"onlineCorrection": False}}})
+        view.enter(Phase.OPERATOR, "with the chart's ServiceAccount; it issues every certificate")
+        await stage.start_operator()
+        view.enter(Phase.NODES, f"{len(stage.nodes)} agents, each with its engine host")
+        await stage.start_nodes()
+        view.enter(Phase.GATEWAY, "one OpenAI endpoint for all pools")
+        await stage.start_gateway()
+        view.enter(Phase.POOLS, f"kubectl apply -f examples/{self.program.example}.yaml")
+        watch = await self._serve(stage, models)
+        view.say(f"planned with the shipped profile {self._profile(watch)}; online correction is off")
+        http = httpx.AsyncClient(verify=stage.ssl_context(), timeout=120)
+        async with http, AsyncOpenAI(base_url=f"{stage.base_url}/v1", api_key="none", http_client=http, max_retries=0) as self.client:
+            summary = await self._play(stage, watch)
+        view.enter(Phase.SUMMARY, "what happened")
+        for line in summary.lines():
+            view.console.print(f"  {line}")
+        view.console.print("look around:")
+        for line in summary.kubectl:
+            view.console.print(f"  {line}", soft_wrap=True, highlight=False)
+        return summary
+
+    async def _serve(self, stage: Stage, models: Mapping[str, Path]) -> PoolWatch:
+        program, view = self.program, self.view
+        for example, checkpoint in ((program.example, program.checkpoint), *program.others):
+            await create_pool(stage.api, NAMESPACE, pool_manifest(self.root / f"examples/{example}.yaml", models[checkpoint]))
+        view.watch = watch = PoolWatch(stage.api, NAMESPACE, program.example)
+
+        async def ready() -> bool:
+            await watch.refresh()
+            return watch.ready
+
+        await wait_until(ready, f"pool {program.example} is Ready; its status: kubectl describe spool {program.example}", READY_S)
+
+        async def serves() -> bool:
+            async with httpx.AsyncClient(verify=stage.ssl_context(), timeout=30) as http:
+                body = {"model": self._model, "prompt": "hello", "max_tokens": 2}
+                return (await http.post(f"{stage.base_url}/v1/completions", json=body)).status_code == 200
+
+        await wait_until(serves, f"the gateway serves {self._model}; its log: {stage.supervisor.logs / 'gateway.log'}", READY_S)
+        return watch
+
+    @property
+    def _model(self) -> str:
+        return {"chat": "smollm2-135m-instruct", "tiny": "tiny-llama"}[self.program.example]
+
+    @staticmethod
+    def _profile(watch: PoolWatch) -> str:
+        plan = watch.status.get("plan") or {}
+        return f"{plan.get('profile', '?')} ({plan.get('profileOrigin', '?')})"
+
+    async def _play(self, stage: Stage, watch: PoolWatch) -> Summary:
+        assert self.client is not None
+        view, began = self.view, time.monotonic()
+        traffic = Traffic(self.client, self._model)
+        view.streams = traffic.streams
+        layouts = [watch.status.get("layout", "")]
+        view.enter(Phase.TRAFFIC, self.program.acts[0].headline)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(watch.run()), group.create_task(traffic.run()), group.create_task(self._draw())]
+            base = watch.flips
+            for act in self.program.acts:
+                view.headline = act.headline
+                view.say(act.headline)
+                traffic.loads, start = act.loads, time.monotonic()
+                while (spent := time.monotonic() - start) < act.most_s:
+                    if spent >= act.least_s and watch.flips - base >= act.until_flips and watch.settled:
+                        break
+                    await asyncio.sleep(0.25)
+                    if (layout := watch.status.get("layout") or layouts[-1]) != layouts[-1]:
+                        layouts.append(layout)
+                # The streams that crossed the flip go on for a while, so that their gap has an end.
+                await asyncio.sleep(act.least_s / 2)
+            view.headline = "no new requests; the last streams end"
+            await traffic.settle(SETTLE_S)
+            view.enter(Phase.REFERENCE, "the streams that moved, once more, without a flip")
+            await freeze_pool(stage.api, NAMESPACE, self.program.example)
+            happened = flips.windows(stage.awake_lines(), began)
+            moved = flips.moved(traffic.streams, happened)
+            references = await self._again(traffic.streams, list(moved))
+            for task in tasks:
+                task.cancel()
+        moved = {i: gap for i, gap in moved.items() if i in references}
+        first = happened[0].end - view.began if happened else None
+        facts = {"first_flip_after_s": first, "layouts": layouts, "profile": self._profile(watch), "kubectl": self._kubectl(stage)}
+        return summarise(traffic.streams, moved, references, len(happened), **facts)
+
+    async def _again(self, streams: list[Stream], positions: list[int]) -> dict[int, Stream]:
+        assert self.client is not None
+        client, free = self.client, asyncio.Semaphore(REFERENCES_AT_ONCE)
+
+        async def one(s: Stream) -> Stream:
+            async with free:
+                return await run_stream(client, self._model, Stream(s.tier, s.prompt, s.max_tokens))
+
+        chosen = positions[:REFERENCES_MAX]
+        return dict(zip(chosen, await asyncio.gather(*(one(streams[i]) for i in chosen)), strict=True))
+
+    async def _draw(self) -> None:
+        view = self.view
+        if not view.console.is_terminal:
+            while True:
+                view.note_changes()
+                await asyncio.sleep(0.5)
+        with Live(view.render(), console=view.console, auto_refresh=False, transient=True) as live:
+            while True:
+                live.update(view.render(), refresh=True)
+                await asyncio.sleep(0.25)
+
+    def _kubectl(self, stage: Stage) -> list[str]:
+        base = f"{kubectl()} --kubeconfig {stage.control_plane.admin_kubeconfig}"
+        name = self.program.example
+        ca = stage.tls / "gateway/ca.crt"
+        return [
+            f"{base} get servingpools -o wide",
+            f"{base} get servingnodes",
+            f"{base} describe servingpool {name}",
+            f"{base} explain servingpool.spec.tiers",
+            f"curl --cacert {ca} {stage.base_url}/v1/models",
+        ]
