@@ -13,7 +13,7 @@ from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node
 
 PROFILE = load_shipped("tiny-llama.slot")
-TIERS = (Tier("interactive", 2000, 60, weight=4, default=True), Tier("agents", 10_000, 250), Tier("batch"))
+TIERS = (Tier("interactive", 2000, 50, weight=4, default=True), Tier("agents", 10_000, 200), Tier("batch"))
 
 
 def pool(name: str = "default/chat", budget: int = 4, mode: AdaptationMode = AdaptationMode.ACTIVE) -> Pool:
@@ -85,7 +85,7 @@ def test_the_mix_decides_tp_and_the_reasons_say_why() -> None:
     nodes = fleet(2)
     loose = plan(snapshot((pool(budget=2),), nodes, interactive=0.0, agents=3.0), 0.0)
     assert [g.tp_size for g in loose.nodes[0].layout.groups] == [1, 1]
-    strict = plan(snapshot((pool(budget=2),), applied(nodes, loose), now=100, interactive=0.8, agents=0.1), 100.0)
+    strict = plan(snapshot((pool(budget=2),), applied(nodes, loose), now=100, interactive=0.3, agents=0.05), 100.0)
     assert [g.tp_size for g in strict.nodes[0].layout.groups] == [2]
     assert "2xTP1 -> 1 x TP2" in strict.pools[0].reasons[-1]
     assert strict.pools[0].verdict is Verdict.CHANGE
@@ -94,7 +94,7 @@ def test_the_mix_decides_tp_and_the_reasons_say_why() -> None:
 
 def test_frozen_advisory_stale_and_flipping_keep_what_runs() -> None:
     nodes = applied(fleet(2), plan(snapshot((pool(budget=2),), fleet(2), agents=3.0), 0.0))
-    wanted = {"interactive": 0.8, "agents": 0.1}
+    wanted = {"interactive": 0.3, "agents": 0.05}
     for mode in (AdaptationMode.FROZEN, AdaptationMode.ADVISORY):
         kept = plan(snapshot((pool(budget=2, mode=mode),), nodes, **wanted), 0.0)
         assert [g.tp_size for g in kept.nodes[0].layout.groups] == [1, 1]
