@@ -105,9 +105,13 @@ def _secret(api: Any, name: str, namespace: str) -> dict[str, str] | None:
 
 
 def create_node(api: Any, name: str, gpus: int, labels: Mapping[str, str] | None = None) -> None:
-    """A Node object, Ready, with `gpus` of the extended resource nitsum.io/gpu. Blocks for some ms."""
+    """A Node object, Ready, with `gpus` of the extended resource nitsum.io/gpu; one that is there is taken over. Blocks for some ms."""
     core = client.CoreV1Api(api)
-    core.create_node({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}}, _request_timeout=10)
+    try:
+        core.create_node({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}}, _request_timeout=10)
+    except client.ApiException as e:
+        if e.status != 409:
+            raise
     amount = {"nitsum.io/gpu": str(gpus)}
     ready = {"type": "Ready", "status": "True", "reason": "LocalProcess", "message": "nitsum runs here as local processes"}
     core.patch_node_status(name, {"status": {"capacity": amount, "allocatable": amount, "conditions": [ready]}}, _request_timeout=10)

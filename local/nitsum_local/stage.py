@@ -4,6 +4,7 @@
 
 import asyncio
 import json
+import shutil
 import socket
 import ssl
 import sys
@@ -67,6 +68,10 @@ class Stage:
         self._api: Any = None
 
     async def __aenter__(self) -> "Stage":
+        """Starts afresh: what an earlier stage left in `state_dir` goes, its etcd included."""
+        for left in ("cluster", "chart", "tls", "gateway", "log"):
+            shutil.rmtree(self.state_dir / left, ignore_errors=True)
+        self.supervisor.logs.mkdir(parents=True, mode=0o700)
         self.run_dir = Path(tempfile.mkdtemp(prefix="nitsum-"))
         self.memory_dir = Path(tempfile.mkdtemp(prefix="nitsum-", dir=SHARED_MEMORY))
         self.supervisor.remove_at_end(self.run_dir, self.memory_dir)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from kubernetes.client import ApiException
 from rich.console import Console
 
-from nitsum_local.binaries import BinariesMissing
 from nitsum_local.demo.program import PROGRAMS
 from nitsum_local.demo.scenario import Scenario
 from nitsum_local.demo.view import View
-from nitsum_local.install import InstallFailed
-from nitsum_local.processes import ProcessFailed, run
+from nitsum_local.processes import run
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,6 +23,10 @@ class Model(StrEnum):
     TINY = "tiny"
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
 def main(
     keep: Annotated[bool, typer.Option("--keep", help="stay up after the summary, until Ctrl-C")] = False,
     model: Annotated[Model, typer.Option(help="tiny: a random model, for tests of the demo itself")] = Model.SMOLLM2,
@@ -37,8 +40,8 @@ def main(
     async def demo() -> int:
         try:
             summary = await scenario.run(keep)
-        except (RuntimeError, TimeoutError, BinariesMissing, InstallFailed, ProcessFailed, OSError) as e:
-            print(f"make demo: {e}", file=sys.stderr)
+        except (RuntimeError, OSError, ApiException) as e:  # TimeoutError is an OSError
+            print(f"make demo: {e}; logs: {state / 'demo/log'}", file=sys.stderr)
             return 1
         return 0 if summary.good else 2
 
@@ -46,4 +49,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

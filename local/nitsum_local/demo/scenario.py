@@ -1,8 +1,10 @@
 """The demo from its first phase to its last."""
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
@@ -134,7 +136,10 @@ class Scenario:
             await traffic.settle(SETTLE_S)
             view.enter(Phase.REFERENCE, "the streams that moved, once more, without a flip")
             await freeze_pool(stage.api, NAMESPACE, self.program.example)
-            happened = flips.windows(stage.awake_lines(), began)
+            lines = stage.awake_lines()
+            happened = flips.windows(lines, began)
+            record = {"awake": lines, "streams": [asdict(s) for s in traffic.streams], "flips": watch.status.get("lastFlips")}
+            (self.state_dir / "streams.json").write_text(json.dumps(record))
             moved = flips.moved(traffic.streams, happened)
             references = await self._again(traffic.streams, list(moved))
             for task in tasks:
@@ -163,6 +168,7 @@ class Scenario:
                 await asyncio.sleep(0.5)
         with Live(view.render(), console=view.console, auto_refresh=False, transient=True) as live:
             while True:
+                view.note_changes()
                 live.update(view.render(), refresh=True)
                 await asyncio.sleep(0.25)
 

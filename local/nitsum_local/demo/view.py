@@ -38,7 +38,7 @@ class View:
         self.phase, self.headline = Phase.PREFLIGHT, ""
         self.watch: PoolWatch | None = None
         self.streams: list[Stream] = []
-        self._last = ""
+        self._last, self._told = "", 0
 
     def say(self, line: str) -> None:
         self.console.print(Text(f"{time.monotonic() - self.began:6.1f} s  {line}"), soft_wrap=True)
@@ -48,7 +48,13 @@ class View:
         self.say(f"{phase}: {headline}")
 
     def note_changes(self) -> None:
-        """Without a terminal nothing is drawn over: one line per change of the pool's layout."""
+        """A line per change of the pool's layout and per stream that failed."""
+        for s in self.streams[self._told :]:
+            if not s.ended:
+                break
+            self._told += 1
+            if s.error:
+                self.say(f"a stream of {s.tier} failed: {s.error[:200]}")
         if self.watch is None or not (layout := self.watch.status.get("layout")):
             return
         if layout != self._last:
