@@ -136,7 +136,8 @@ class Node:
         left = max(s.sampling.max_new_tokens - s.resume_k, 1)
         admission = ADMISSIONS.get(s.admission, Admission.BEST_EFFORT)
         wait_s = s.queue_ms / 1e3 if s.queue_ms else QUEUE_S
-        entry = Entry(stream.rid, s.tier, admission, len(s.input_ids) + left, stream.arrived, now + wait_s, s.suspect)
+        moved = s.resume_k > 0 and not s.suspect
+        entry = Entry(stream.rid, s.tier, admission, len(s.input_ids) + left, stream.arrived, now + wait_s, s.suspect, moved)
         answer = live.ledger.submit(entry, now)
         if isinstance(answer, Full):
             return self._refuse_stream(stream, Refused.REASON_FULL, "the group's queues are full", answer.retry_after_ms)

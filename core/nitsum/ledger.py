@@ -1,7 +1,10 @@
 """Admission of one group: what runs against its capacity, and three bounded queues in front of it. No clock: `now` is seconds.
 
-Order: feasible before best effort before background; within a queue by the client's own arrival. A request that alone exceeds the KV
-capacity runs alone rather than never. Suspects (their engine crashed under them) run one at a time.
+Order: streams that moved here first, then feasible before best effort before background; within a queue by the client's own arrival. A
+request that alone exceeds the KV capacity runs alone rather than never. Suspects (their engine crashed under them) run one at a time.
+
+A stream that moved here (its group flipped) ran a moment ago and its client is reading: caps on how many run do not stop it, only the KV
+capacity does. New work pays for that by waiting until the group is within its caps again.
 """
 
 import bisect
@@ -28,6 +31,7 @@ class Entry:
     arrived: float
     expires: float
     suspect: bool = False
+    moved: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Ledger:
 
     def _blocked(self, entry: Entry) -> bool:
         """By the group as a whole: nothing behind it may start either."""
-        if self.running_max and len(self.running) >= self.running_max:
+        if self.running_max and len(self.running) >= self.running_max and not entry.moved:
             return True
         return bool(self.running and self.kv_tokens_max and self.kv_tokens + entry.kv_tokens > self.kv_tokens_max)
 
@@ -86,26 +90,25 @@ class Ledger:
         """By a cap of its own kind: others may pass it."""
         if entry.suspect and any(e.suspect for e in self.running.values()):
             return True
-        cap = self.tier_max.get(entry.tier, 0)
+        cap = 0 if entry.moved else self.tier_max.get(entry.tier, 0)
         return bool(cap and sum(e.tier == entry.tier for e in self.running.values()) >= cap)
 
     def submit(self, entry: Entry, now: float) -> Answer:
         assert entry.rid not in self.running, entry.rid
-        ahead = any(self._queues[: entry.admission + 1])
+        ahead = any(self._queues[: entry.admission + 1]) and not entry.moved
         if not self._held(entry) and not self._blocked(entry) and not (ahead and self._startable()):
             self.running[entry.rid] = entry
             return Admitted()
-        if self.queued_total >= self.queued_max:
+        if self.queued_total >= self.queued_max * (2 if entry.moved else 1):  # bounded, but new work gives way first
             wait_ms = int(1e3 * self._finish_gap_s * (self.queued_total + 1))
             return Full(min(max(wait_ms, RETRY_AFTER_MS[0]), RETRY_AFTER_MS[1]))
         bisect.insort(self._queues[entry.admission], entry, key=lambda e: e.arrived)
         return Queued()
 
     def _startable(self) -> Entry | None:
-        for queue in self._queues:
-            for entry in queue:
-                if self._held(entry):
-                    continue
+        waiting = [e for queue in self._queues for e in queue]
+        for entry in sorted(waiting, key=lambda e: not e.moved):
+            if not self._held(entry):
                 return None if self._blocked(entry) else entry
         return None
 

@@ -3,9 +3,15 @@ from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Queued
 
 
 def entry(
-    rid: str, admission: Admission = Admission.FEASIBLE, kv: int = 10, at: float = 0, tier: str = "t", suspect: bool = False
+    rid: str,
+    admission: Admission = Admission.FEASIBLE,
+    kv: int = 10,
+    at: float = 0,
+    tier: str = "t",
+    suspect: bool = False,
+    moved: bool = False,
 ) -> Entry:
-    return Entry(rid, tier, admission, kv, at, at + 5, suspect)
+    return Entry(rid, tier, admission, kv, at, at + 5, suspect, moved)
 
 
 def test_order_of_queues_then_arrival() -> None:
@@ -49,3 +55,14 @@ def test_tier_cap_and_expiry() -> None:
     assert ledger.expire(4.9) == []
     assert [e.rid for e in ledger.expire(5)] == ["b"]
     assert ledger.finish("a", 6) == []
+
+
+def test_a_moved_stream_passes_caps_and_queues_but_not_the_kv_capacity() -> None:
+    ledger = Ledger(Capacity(max_running=1, max_kv_tokens=100), (TierShare("t", 0.5, max_running=1),))
+    assert ledger.submit(entry("a"), 0) == Admitted()
+    assert ledger.submit(entry("new"), 0) == Queued()
+    assert ledger.submit(entry("moved", Admission.BACKGROUND, moved=True), 0) == Admitted()
+    assert ledger.submit(entry("wide", Admission.BACKGROUND, kv=95, moved=True), 0) == Queued()
+    assert ledger.finish("a", 1) == [], "the KV of the moved one leaves no room, and new work does not pass it"
+    assert [e.rid for e in ledger.finish("moved", 2)] == ["wide"]
+    assert [e.rid for e in ledger.finish("wide", 3)] == ["new"]
