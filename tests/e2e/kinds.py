@@ -56,6 +56,28 @@ class Seen:
         """Everything that must be equal; logprobs are compared apart, within a tolerance."""
         return self.text, self.tools, self.finish, self.tokens, self.usage, self.error
 
+    def differs(self, expected: "Seen") -> str:
+        """The first difference of each part, short enough to read."""
+        if self.error:
+            return self.error
+        parts = []
+        for name, got, wanted in zip(("text", "tools", "finish", "tokens", "usage"), self.key(), expected.key(), strict=False):
+            if got != wanted:
+                parts.append(f"{name}: {_first_difference(got, wanted)}")
+        return "; ".join(parts)
+
+
+def _first_difference(got: Any, wanted: Any) -> str:
+    if not (isinstance(got, dict) and isinstance(wanted, dict)) or got.keys() != wanted.keys():
+        return f"{got} instead of {wanted}"
+    for i in got:
+        at = next((n for n, (a, b) in enumerate(zip(got[i], wanted[i], strict=False)) if a != b), min(len(got[i]), len(wanted[i])))
+        if got[i] != wanted[i]:
+            return (
+                f"choice {i} at {at} of {len(wanted[i])}: {got[i][at : at + 8]!r} instead of {wanted[i][at : at + 8]!r}, {len(got[i])} long"
+            )
+    return ""
+
 
 def body(kind: str, model: str, max_tokens: int, stop: str | None = None) -> tuple[str, dict[str, Any]]:
     fields = dict(KINDS[kind])
@@ -100,12 +122,13 @@ def _take(seen: Seen, choice: dict[str, Any]) -> None:
         seen.tools[i] = seen.tools.get(i, "") + (call_["function"].get("name") or "") + (call_["function"].get("arguments") or "")
     if choice.get("finish_reason"):
         seen.finish[i] = choice["finish_reason"]
-    for row in logprobs.get("content") or []:
-        seen.tokens.setdefault(i, []).append(row["token"])
-        seen.logprobs.setdefault(i, []).append(row["logprob"])
-    for token, value in zip(logprobs.get("tokens") or [], logprobs.get("token_logprobs") or [], strict=False):
-        seen.tokens.setdefault(i, []).append(token)
-        seen.logprobs.setdefault(i, []).append(value or 0.0)
+    rows = [(row["token"], row["logprob"]) for row in logprobs.get("content") or []]
+    rows += zip(logprobs.get("tokens") or [], logprobs.get("token_logprobs") or [], strict=False)
+    for token, value in rows:
+        # Stock SGLang drops the logprobs of a chunk without text (half a character), so such a token's row comes or not, by chance.
+        if token:
+            seen.tokens.setdefault(i, []).append(token)
+            seen.logprobs.setdefault(i, []).append(value or 0.0)
     if piece or delta.get("tool_calls"):
         seen.times.append(time.monotonic())
 

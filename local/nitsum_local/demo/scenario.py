@@ -25,7 +25,7 @@ from nitsum_local.stage import Stage, pool_manifest, wait_until
 NAMESPACE = "default"
 READY_S = 300.0
 SETTLE_S = 60.0
-REFERENCES_MAX = 16
+REFERENCES_MAX = 12
 """Moved streams that are sent again without a flip; more would add minutes, not evidence."""
 REFERENCES_AT_ONCE = 4
 

@@ -1,0 +1,78 @@
+"""The whole system with the tiny model: control plane, chart, operator, gateway, two agents with their engine hosts. Once per module."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from nitsum_local.binaries import BinariesMissing, ensure
+from nitsum_local.demo.watch import PoolWatch, create_pool
+from nitsum_local.stage import NodeSpec, Stage, pool_manifest, wait_until
+from nitsum_sglang.testing.models import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+PLANNER = {"dwellSeconds": 20, "cooldownSeconds": 2}
+
+
+class System:
+    """A stage that serves the pool `tiny` on all four slots of its two nodes."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.model = stage, "tiny-llama"
+        self.watch = PoolWatch(stage.api, "default", "tiny")
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.stage.base_url, verify=self.stage.ssl_context(), timeout=300)
+
+    def logs(self) -> str:
+        """The end of every process's log, and what the pool says of itself."""
+        tails = [f"--- {f.stem}\n{f.read_text(errors='replace')[-2500:]}" for f in sorted(self.stage.supervisor.logs.glob("*.log"))]
+        return "\n".join([*tails, f"--- status\n{self.watch.status}"])
+
+    async def until(self, probe: str, timeout_s: float = 120) -> None:
+        """`settled`, `ready`, ...: a property of the pool's watch. Raises AssertionError with the logs."""
+
+        async def holds() -> bool:
+            await self.watch.refresh()
+            return bool(getattr(self.watch, probe))
+
+        try:
+            await wait_until(holds, f"the pool is {probe}", timeout_s)
+        except TimeoutError as e:
+            raise AssertionError(f"{e}\n{self.logs()}") from e
+
+    async def serves(self, timeout_s: float = 120) -> None:
+        async def answers() -> bool:
+            async with self.client() as client:
+                body = {"model": self.model, "prompt": "hello", "max_tokens": 2, "temperature": 0}
+                return (await client.post("/v1/completions", json=body)).status_code == 200
+
+        try:
+            await wait_until(answers, "the gateway serves", timeout_s)
+        except (TimeoutError, httpx.HTTPError) as e:
+            raise AssertionError(f"{e!r}\n{self.logs()}") from e
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    try:
+        binaries = await asyncio.to_thread(ensure)
+    except BinariesMissing as e:
+        pytest.fail(str(e), pytrace=False)
+    nodes = (NodeSpec("node-0", 2), NodeSpec("node-1", 2))
+    async with Stage(tmp_path_factory.mktemp("stage"), binaries, nodes) as stage:
+        await stage.start_control_plane()
+        await stage.install({"config": {"planner": PLANNER, "profile": {"onlineCorrection": False}}})
+        await stage.start_operator()
+        await stage.start_nodes()
+        await stage.start_gateway()
+        manifest = pool_manifest(ROOT / "examples/tiny.yaml", tiny_llama())
+        manifest["spec"]["budget"]["gpus"] = 4
+        await create_pool(stage.api, "default", manifest)
+        running = System(stage)
+        await running.until("ready", 240)
+        await running.serves()
+        yield running
