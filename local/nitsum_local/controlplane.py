@@ -157,7 +157,7 @@ class ControlPlane:
         async def ready() -> bool:
             return await asyncio.to_thread(asks)
 
-        return Spec("kube-apiserver", command, ready=ready, ready_timeout_s=90, stop_deadline_s=15, death_signal=signal.SIGKILL)
+        return Spec("kube-apiserver", command, ready=ready, ready_timeout_s=90, stop_deadline_s=3, death_signal=signal.SIGKILL)
 
     def _controllers(self, pki: Path) -> Spec:
         kubeconfig = self.state_dir / "controllers.kubeconfig"

@@ -175,6 +175,10 @@ class Supervisor:
             await self._processes[name].stop()
             self._processes.pop(name, None)
 
+    async def stop_together(self, names: Sequence[str]) -> None:
+        """Those that need no order among each other."""
+        await asyncio.gather(*(self.stop(name) for name in names))
+
     async def stop_all(self) -> None:
         """Not stopped by cancellation: a second Ctrl-C does not leave processes behind."""
         task = asyncio.ensure_future(self._stop_all())

@@ -3,6 +3,7 @@
 """
 
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -78,7 +79,19 @@ class Stage:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        """Not stopped by cancellation: a second Ctrl-C does not leave processes behind."""
+        task = asyncio.ensure_future(self._stop())
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.shield(task)
+        task.result()
+
+    async def _stop(self) -> None:
         try:
+            # Each is made to live without the others, so each can leave without them.
+            await self.supervisor.stop_together(
+                ["gateway", "operator", *(f"{n.name}.{part}" for n in self.nodes for part in ("agent", "host"))]
+            )
             await self.supervisor.stop_all()
         finally:
             await self.control_plane.stop()

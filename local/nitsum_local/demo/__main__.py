@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[3]
 class Model(StrEnum):
     SMOLLM2 = "smollm2"
     TINY = "tiny"
+    BRIEF = "brief"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -29,7 +30,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     keep: Annotated[bool, typer.Option("--keep", help="stay up after the summary, until Ctrl-C")] = False,
-    model: Annotated[Model, typer.Option(help="tiny: a random model, for tests of the demo itself")] = Model.SMOLLM2,
+    model: Annotated[Model, typer.Option(help="tiny, brief: a random model, for tests of the demo itself")] = Model.SMOLLM2,
     state: Annotated[Path, typer.Option(help="logs, kubeconfigs, demo.json")] = ROOT / ".nitsum",
 ) -> None:
     """A ServingPool on a real control plane, served by SGLang, flips its TP while requests stream."""

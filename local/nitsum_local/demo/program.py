@@ -1,6 +1,6 @@
 """What the demo serves and sends: the model, its pool, and three acts of traffic: its mix asks for one TP, for another, for the first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nitsum_local.demo.traffic import Load
 from nitsum_local.stage import NodeSpec
@@ -56,4 +56,6 @@ TINY = Program(
     ("interactive", "agents"),
     _acts(Load("interactive", 0.5, 48, 3), Load("agents", 3.0, 128, 8), Load("agents", 0.3, 128, 2), 4, 90),
 )
-PROGRAMS = {"smollm2": SMOLLM2, "tiny": TINY}
+BRIEF = replace(TINY, acts=(Act("a moment of everything", (Load("interactive", 2, 16, 2), Load("agents", 2, 32, 2)), 0, 2, 2),))
+"""For tests that interrupt the demo: every phase, no waiting for a flip."""
+PROGRAMS = {"smollm2": SMOLLM2, "tiny": TINY, "brief": BRIEF}
