@@ -166,9 +166,19 @@ class Stage:
         async def asks() -> bool:
             return await asyncio.to_thread(ready) if ready is not None else True
 
-        # Longer than the processes' own deadlines, so that what they clean up is cleaned up.
-        spec = Spec(name, [sys.executable, "-m", module, *words], ready=asks, ready_timeout_s=120, stop_deadline_s=30, restart=self.restart)
+        tmp, faults = self.run_dir / "tmp", self.fault_dir(name)
+        tmp.mkdir(mode=0o700, exist_ok=True)
+        faults.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # TMPDIR: what a killed process leaves there goes with the stage.
+        env = {"TMPDIR": str(tmp), "NITSUM_FAULT_DIR": str(faults)}
+        # The deadline is longer than the processes' own, so that what they clean up is cleaned up.
+        command = [sys.executable, "-m", module, *words]
+        spec = Spec(name, command, env, ready=asks, ready_timeout_s=120, stop_deadline_s=30, restart=self.restart)
         await self.supervisor.start(spec)
+
+    def fault_dir(self, name: str) -> Path:
+        """A file `fault` in it, with the name of a FaultPoint, makes that process kill itself there."""
+        return self.run_dir / "faults" / name
 
     def awake_lines(self) -> list[dict[str, Any]]:
         """Every engine's own record of when it was woken and parked: `t` (monotonic seconds), event, engine, gpus, pid. Sorted by time."""

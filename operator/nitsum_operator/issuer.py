@@ -2,6 +2,7 @@
 
 import base64
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
@@ -91,6 +92,11 @@ class Issuer:
                     f.write(own[name])
                 part.replace(target)
         return self._folder
+
+    def close(self) -> None:
+        """The operator's own key does not outlive it on disk."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 RECHECK = timedelta(minutes=1)

@@ -77,6 +77,7 @@ class Reconciler:
         finally:
             await self._links.close()
             await asyncio.to_thread(self._leader.release)
+            self._issuer.close()
 
     async def cycle(self) -> None:
         if self._tls is None or time.monotonic() - self._tls_at > RECHECK.total_seconds():

@@ -1,7 +1,8 @@
-"""The whole system with the tiny model: control plane, chart, operator, gateway, two agents with their engine hosts. Once per module."""
+"""The whole system with the tiny model: control plane, chart, operator, gateway, two agents with their engine hosts. Once per session."""
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -12,8 +13,12 @@ from nitsum_local.binaries import BinariesMissing, ensure
 from nitsum_local.demo.watch import PoolWatch, create_pool
 from nitsum_local.stage import NodeSpec, Stage, pool_manifest, wait_until
 from nitsum_sglang.testing.models import tiny_llama
+from nitsum_sglang.testing.stock import stock_server
+
+from .kinds import Seen, reference
 
 ROOT = Path(__file__).parents[2]
+MAX_TOKENS = 160
 PLANNER = {"dwellSeconds": 20, "cooldownSeconds": 2}
 
 
@@ -23,6 +28,8 @@ class System:
     def __init__(self, stage: Stage) -> None:
         self.stage, self.model = stage, "tiny-llama"
         self.watch = PoolWatch(stage.api, "default", "tiny")
+        self.died: dict[int, float] = {}
+        """Engines that tests killed: pid, and when (monotonic seconds)."""
 
     def client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.stage.base_url, verify=self.stage.ssl_context(), timeout=300)
@@ -56,7 +63,24 @@ class System:
             raise AssertionError(f"{e!r}\n{self.logs()}") from e
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
+@dataclass(frozen=True)
+class Expected:
+    """What a stock engine answers to every kind of request; `stop` is the stop string that one of them uses."""
+
+    seen: dict[str, Seen]
+    stop: str
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    with stock_server(tiny_llama(), tmp_path_factory.mktemp("stock")) as url:
+        async with httpx.AsyncClient(base_url=url) as client:
+            seen, stop = await reference(client, "default", MAX_TOKENS)
+    assert not [s.error for s in seen.values() if s.error]
+    return Expected(seen, stop)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
     try:
         binaries = await asyncio.to_thread(ensure)
