@@ -107,8 +107,8 @@ def test_example_becomes_the_planners_pool() -> None:
     assert isinstance(pool, Pool)
     assert (pool.name, pool.uid, pool.model, pool.budget_gpus, pool.allowed_tp) == ("team/chat", "u1", "smollm2-135m-instruct", 3, (1, 3))
     assert [(t.name, t.ttft_ms, t.tpot_ms, t.weight, t.default) for t in pool.tiers] == [
-        ("interactive", 2000, 60, 4, True),
-        ("agents", 10_000, 250, 1, False),
+        ("interactive", 3000, 400, 4, True),
+        ("agents", 20_000, 2000, 1, False),
     ]
     assert model.to_proto().source.path == "/var/lib/nitsum/models/smollm2-135m-instruct"
     assert resources.pool_from_resource(example("tiny"))[0].tiers[2].background
