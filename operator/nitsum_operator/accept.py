@@ -43,7 +43,7 @@ def profile_for(pool: Pool, gpu_types: tuple[str, ...], read: Mapping[str, Profi
         if (found := next((p for p in read.values() if (p.model, p.gpu) == (pool.model, gpu)), None) or find(pool.model, gpu)) is not None:
             return found
     kinds = ", ".join(gpu_types) or "GPUs that no agent has named yet"
-    raise InvalidSpec("spec.profile", f"there is no profile of {pool.model} on {kinds}; name one in spec.profile", "ProfileNotFound")
+    raise InvalidSpec("spec.profile", f"there is no profile of {pool.model} on {kinds}; name one in spec.profile", "UnknownProfile")
 
 
 def check_facts(pool: Pool, facts: list[agent_pb2.ModelFacts]) -> None:

@@ -18,7 +18,8 @@ from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.fault import maybe_die
 from nitsum_api.types.v1 import types_pb2
 from nitsum_operator.accept import Accepted
-from nitsum_operator.observe import Agent
+from nitsum_operator.drift import REFRESH_S, drifted
+from nitsum_operator.observe import Agent, layout_of
 
 DEADLINE_S = 120
 RETRY_S = 5.0
@@ -61,7 +62,7 @@ def group_proto(g: Group, uid: str, epoch: int = 0) -> types_pb2.Group:
 
 
 def digest(node: NodePlan, pools: Mapping[str, Accepted]) -> str:
-    """Of what runs where for whom. Shares and capacities follow demand by small steps and alone cause no directive."""
+    """Of what runs where for whom. Shares and capacities are not part of it: see `drift`."""
     groups = [(g.group_id, g.pool, g.model, g.gpu_uuids, g.role, tuple(s.tier for s in g.shares)) for g in node.layout.groups]
     names = {g.pool for g in node.layout.groups} | {
         n for n, a in pools.items() if any(e.model == a.pool.model for e in node.residency.engines)
@@ -118,7 +119,10 @@ class Executor:
             return False
         last, mark = self.sent.get(agent.agent_id), digest(node, pools)
         applied = agent.report.applied_operation_id
-        if applied.partition(".")[0] == mark or (not applied and not node.residency.engines and last is None):
+        if applied.partition(".")[0] == mark:
+            recent = last is not None and time.monotonic() - last.at < REFRESH_S
+            return not recent and drifted(layout_of(agent.report), node.layout)
+        if not applied and not node.residency.engines and last is None:
             return False
         return last is None or last.digest != mark or time.monotonic() - last.at > RETRY_S
 

@@ -2,19 +2,38 @@
 
 import copy
 import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import kopf
 
 from nitsum_api.resources import GROUP, POOLS, VERSION
 
+OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
+"""The taint by which people say that a lost node holds nothing any more."""
+
 
 class Store:
-    """Newest body of every pool and the labels of every node."""
+    """Newest body of every pool, the labels of every node, and which nodes are tainted out of service."""
 
     def __init__(self) -> None:
         self.pools: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, dict[str, str]] = {}
+        self.out_of_service: set[str] = set()
+
+    def saw_node(self, name: str, labels: Mapping[str, str], taints: Iterable[str]) -> None:
+        self.nodes[name] = dict(labels)
+        self.out_of_service.discard(name)
+        if OUT_OF_SERVICE in taints:
+            self.out_of_service.add(name)
+
+    def lost_node(self, name: str) -> None:
+        self.nodes.pop(name, None)
+        self.out_of_service.discard(name)
+
+    def may_hold(self, name: str) -> bool:
+        """Whether GPUs of a node that does not answer count as used: until it is deleted, or tainted out of service."""
+        return name in self.nodes and name not in self.out_of_service
 
 
 def register(store: Store) -> kopf.OperatorRegistry:
@@ -34,10 +53,10 @@ def register(store: Store) -> kopf.OperatorRegistry:
             store.pools[key] = copy.deepcopy(dict(body))
 
     @kopf.on.event("", "v1", "nodes", registry=registry)
-    async def node(event: Any, name: str | None, labels: Any, **_: Any) -> None:
+    async def node(event: Any, name: str | None, labels: Any, spec: Any, **_: Any) -> None:
         if event["type"] == "DELETED":
-            store.nodes.pop(str(name), None)
+            store.lost_node(str(name))
         else:
-            store.nodes[str(name)] = dict(labels)
+            store.saw_node(str(name), labels, [t.get("key", "") for t in spec.get("taints") or []])
 
     return registry

@@ -11,6 +11,7 @@ import grpc
 
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
+from nitsum_api.conditions import Reason
 from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from nitsum_api.security import secure_channel
 
@@ -43,6 +44,20 @@ def endpoints(slices: list[Any], port_name: str) -> tuple[Endpoint, ...]:
     return tuple(sorted(found))
 
 
+class Mismatch(Exception):
+    """The peer speaks another contract version."""
+
+
+def _trouble(e: grpc.aio.AioRpcError | Mismatch) -> tuple[Reason, str]:
+    if isinstance(e, Mismatch):
+        return Reason.CONTRACT_VERSION_MISMATCH, str(e)
+    details = e.details() or ""
+    refused = e.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+    # gRPC reports a failed handshake as UNAVAILABLE; only its words tell it from a peer that is away.
+    handshake = any(word in details for word in ("CERTIFICATE", "ertificate", "Peer name", "SSL_ERROR", "andshake"))
+    return Reason.WRONG_IDENTITY if refused or handshake else Reason.AGENT_LOST, f"{e.code().name}: {details}"
+
+
 @dataclass
 class Link:
     """One peer. `heard_at` is monotonic seconds of the last report; `problem` says why there is none."""
@@ -54,7 +69,8 @@ class Link:
     report: Any = None
     heard_at: float | None = None
     problem: str = ""
-    mismatch: bool = False
+    trouble: Reason = Reason.AGENT_LOST
+    """What kind of problem, while there is one."""
     task: asyncio.Task[None] | None = None
     reports: list[Any] = field(default_factory=list)
     """Gateways: windows not yet taken by the estimator, at most 64."""
@@ -76,20 +92,18 @@ class Link:
             try:
                 stub = self.stub
                 described = await stub.Describe(pb.DescribeRequest(contract_version=CONTRACT_VERSION), timeout=CALL_S)
-                self.mismatch = described.contract_version != CONTRACT_VERSION
-                if self.mismatch:
-                    self.problem = (
-                        f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
-                    )
-                    raise ConnectionError(self.problem)
+                if described.contract_version != CONTRACT_VERSION:
+                    self.described = self.report = None  # what it says is not understood, so it is left alone
+                    text = f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
+                    raise Mismatch(text)
                 self.described, self.problem = described, ""
                 async for answer in stub.Watch(pb.WatchRequest(contract_version=CONTRACT_VERSION, interval_ms=INTERVAL_MS)):
                     self.report, self.heard_at, self.problem, pause = answer.report, time.monotonic(), "", 0.2
                     if self.role == "gateway":
                         self.reports = [*self.reports[-63:], answer.report]
                 self.problem = "ended its report stream"
-            except (grpc.aio.AioRpcError, ConnectionError) as e:
-                text = f"{e.code().name}: {e.details()}" if isinstance(e, grpc.aio.AioRpcError) else str(e)
+            except (grpc.aio.AioRpcError, Mismatch) as e:
+                self.trouble, text = _trouble(e)
                 if text != self.problem:
                     log.warning("%s %s: %s", self.role, self.endpoint.address, text)
                 self.problem = text

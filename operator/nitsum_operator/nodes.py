@@ -8,7 +8,8 @@ from nitsum_api.conditions import NodeCondition, Reason
 from nitsum_api.resources import API_VERSION, NODE_KIND, EngineStatus, GpuStatus, GroupStatus, NodeStatus
 from nitsum_api.types.v1 import types_pb2
 from nitsum_operator.observe import Agent
-from nitsum_operator.status import condition, describe
+from nitsum_operator.standing import condition
+from nitsum_operator.status import describe
 
 STATES: dict[int, Any] = {1: "Starting", 2: "Open", 3: "Closing", 4: "Opening", 5: "Failed"}
 ENGINES: dict[int, Any] = {1: "Starting", 2: "Warming", 3: "Parked", 4: "Awake", 5: "Failed"}
@@ -33,7 +34,7 @@ def node_status(agent: Agent, before: Mapping[str, Any], now: str) -> NodeStatus
     index = {g.uuid: g.index for g in d.gpus}
     connected = ("True", Reason.ALL_CONNECTED, "Reports arrive.")
     if not agent.connected:
-        connected = ("False", Reason.AGENT_LOST, agent.problem or "no report")
+        connected = ("False", agent.trouble, agent.problem or "no report")
     elif not r.host_connected:
         connected = ("False", Reason.HOST_UNAVAILABLE, r.problem or "the engine host does not answer its agent")
     serving = (

@@ -9,6 +9,7 @@ from nitsum.layout import Capacity, Group, Layout, Role, TierShare
 from nitsum.residency import Residency, ResidentEngine
 from nitsum.topology import Gpu, Node
 from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.conditions import Reason
 from nitsum_api.gateway.v1 import gateway_pb2
 from nitsum_api.types.v1 import types_pb2
 
@@ -27,6 +28,8 @@ class Agent:
     node_address: str = ""
     link: Any = None
     problem: str = ""
+    trouble: Reason = Reason.AGENT_LOST
+    """What kind of problem, while it is not connected."""
 
     @property
     def facts(self) -> dict[str, agent_pb2.ModelFacts]:

@@ -4,40 +4,33 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import grpc
 from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from nitsum.demand_estimate import DemandEstimator
 from nitsum.faults import FaultPoint
-from nitsum.layout import Layout
 from nitsum.perf.profile import Profile
-from nitsum.planner.types import Plan, Snapshot
-from nitsum_api import CONTRACT_VERSION
-from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.fault import maybe_die
-from nitsum_api.gateway.v1 import gateway_pb2
-from nitsum_api.resources import GROUP, NODES, POOLS, VERSION, FlipStatus
-from nitsum_operator import accept, execute, links, nodes, observe, plan, routes, status
+from nitsum_api.resources import GROUP, NODES, POOLS, VERSION
+from nitsum_operator import accept, execute, links, observe, plan, remember, routes, status
+from nitsum_operator.deliver import Delivery
+from nitsum_operator.figures import Figures
+from nitsum_operator.fleet import Fleet
 from nitsum_operator.handlers import Store
+from nitsum_operator.history import History
 from nitsum_operator.issuer import RECHECK, Issuer
 from nitsum_operator.leader import Leader
 from nitsum_operator.settings import Settings
+from nitsum_operator.write import Writer
 
 INTERVAL_S = 1.0
 SETTLE_S = 10.0
 """After taking the lead: how long to wait for agents that are announced, before planning without them."""
 RENEW_S = 4.0
-LOST_AFTER_S = 10.0
 log = logging.getLogger(__name__)
-
-
-def _text(t: float) -> str:
-    return datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Reconciler:
@@ -47,16 +40,11 @@ class Reconciler:
         self._issuer = Issuer(self._core, namespace, settings.secrets)
         self._leader = Leader(client.CoordinationV1Api(api), namespace, holder)
         self._links, self._executor, self._estimator = links.Links(), execute.Executor(), DemandEstimator()
+        self._fleet, self._history, self._figures = Fleet(), History(), Figures()
+        self._delivery, self._writer = Delivery(), Writer(self._custom)
         self._accepted: dict[str, accept.Accepted] = {}
-        self._agents: dict[str, observe.Agent] = {}
-        self._flip_at: dict[str, float] = {}
-        self._layouts: dict[str, Layout] = {}
-        """By agent: what stood when nothing was in progress."""
-        self._flip_seen: dict[str, tuple[str, int]] = {}
-        self._flips: dict[str, list[FlipStatus]] = {}
-        self._counted: dict[str, int] = {}
-        self._routes: dict[str, tuple[int, bytes]] = {}
-        self._written: dict[str, Any] = {}
+        self._reasons: dict[str, str] = {}
+        """By pool: why the plan wanted what was last sent."""
         self._tls: Path | None = None
         self._tls_at = self._held_at = self._since = 0.0
         self.beat = time.monotonic()
@@ -85,29 +73,30 @@ class Reconciler:
         await self._find()
         if not await self._lead():
             return
-        self._observe()
-        if any(k.report is None and not k.mismatch for k in self._links.agents.values()) and time.monotonic() - self._since < SETTLE_S:
-            return
         now = time.time()
-        facts: dict[str, list[agent_pb2.ModelFacts]] = {}
-        for agent in self._agents.values():
-            for model, fact in agent.facts.items():
-                facts.setdefault(model, []).append(fact)
-        types = tuple(sorted({g.type for a in self._agents.values() for g in a.described.gpus}))
-        judged = accept.judge(dict(self._store.pools), facts, types, self._profiles, self._executor.illegal, self._accepted)
-        self._accepted = {k: j.accepted for k, j in judged.items() if j.accepted is not None}
-        sent = {i: s.layout for i, s in self._executor.sent.items()}
-        taken = plan.snapshot(self._agents, self._accepted, self._estimator.estimate(now), sent, self._flip_at, self._settings.planner)
+        self._observe(now)
+        waiting = any(k.report is None and not k.problem for k in self._links.agents.values())
+        if waiting and time.monotonic() - self._since < SETTLE_S:
+            return
+        judged = self._judge()
+        agents, sent = self._fleet.agents, {i: s.layout for i, s in self._executor.sent.items()}
+        demand = self._estimator.estimate(now)
+        taken = plan.snapshot(agents, self._accepted, demand, sent, self._history.flip_at, self._settings.planner)
         decided = plan.decide(taken, now)
-        due = [n for n in decided.nodes if self._executor.wanted(self._agents[n.agent_id], n, self._accepted)]
+        due = [n for n in decided.nodes if self._executor.wanted(agents[n.agent_id], n, self._accepted)]
         if due:
             maybe_die(FaultPoint.OPERATOR_PLANNED)
             await self._write(judged, taken, decided, now)
             maybe_die(FaultPoint.OPERATOR_INTENT_WRITTEN)
-            await self._executor.send(self._agents, due, self._accepted, self._leader.term)
-        await self._route()
+            self._reasons |= {p.pool: p.reasons[-1] for p in decided.pools if p.reasons}
+            await self._executor.send(agents, due, self._accepted, self._leader.term)
+        await self._delivery.send(self._links.gateways, routes.routes(self._accepted, agents), self._leader.term)
         await self._write(judged, taken, decided, now)
-        await self._write_nodes(now)
+        for agent in list(agents.values()):
+            await self._writer.node(agent, status.rfc3339(now))
+        for agent_id in list(self._fleet.removed):
+            await self._writer.remove_node(agent_id)
+            self._fleet.removed.discard(agent_id)
 
     async def _find(self) -> None:
         assert self._tls is not None
@@ -117,7 +106,7 @@ class Reconciler:
             await self._links.update(role, links.endpoints(found.items, role), self._tls)
 
     async def _lead(self) -> bool:
-        seen = max(self._links.highest_term, self._executor.stale_term)
+        seen = max(self._links.highest_term, self._executor.stale_term, self._delivery.stale_term)
         if self._leader.term == 0 or seen > self._leader.term or time.monotonic() - self._held_at > RENEW_S:
             before = self._leader.term
             await asyncio.to_thread(self._leader.hold, seen)
@@ -130,137 +119,48 @@ class Reconciler:
         return self._leader.term > 0
 
     async def _list(self) -> None:
-        """Before the first plan of a term: a watch that has not begun yet must not look like a fleet without pools."""
+        """Before the first plan of a term: a watch that has not begun yet must not look like a fleet without pools or nodes."""
         pools = await asyncio.to_thread(self._custom.list_cluster_custom_object, GROUP, VERSION, POOLS)
         self._store.pools = {f"{o['metadata']['namespace']}/{o['metadata']['name']}": o for o in pools["items"]}
         found = await asyncio.to_thread(self._core.list_node)
-        self._store.nodes = {n.metadata.name: dict(n.metadata.labels or {}) for n in found.items}
+        for n in found.items:
+            self._store.saw_node(n.metadata.name, n.metadata.labels or {}, [t.key for t in n.spec.taints or []])
+        nodes = await asyncio.to_thread(self._custom.list_cluster_custom_object, GROUP, VERSION, NODES)
+        self._fleet.adopt(remember.lost_agent(o) for o in nodes["items"])
 
-    def _observe(self) -> None:
-        present = set()
-        for link in self._links.agents.values():
-            if link.described is None or link.report is None:
-                continue
-            agent_id = link.described.agent_id
-            present.add(agent_id)
-            fresh = link.heard_at is not None and time.monotonic() - link.heard_at < LOST_AFTER_S and not link.mismatch
-            name = link.described.node_name or link.endpoint.node_name
-            labels = {**self._store.nodes.get(name, {}), "nitsum.io/node-group": link.described.node_group}
-            address = link.described.node_address or link.endpoint.node_address
-            self._agents[agent_id] = observe.Agent(agent_id, link.described, link.report, labels, fresh, address, link, link.problem)
-            self._note_flip(self._agents[agent_id])
-        for agent_id in set(self._agents) - present:
-            agent = self._agents[agent_id]
-            agent.connected, agent.problem = False, agent.problem or "its endpoint is gone"
-            if agent.described.node_name not in self._store.nodes:
-                del self._agents[agent_id]  # the Node was deleted: its GPUs are free of it
+    def _observe(self, now: float) -> None:
+        for agent in self._fleet.observe(self._links.agents.values(), self._store):
+            self._history.note(agent, self._reasons, now)
         for link in self._links.gateways.values():
             for report in link.reports:
+                self._figures.add(report)
                 for window in observe.windows(report):
                     self._estimator.observe(window)
             link.reports = []
-        now = time.time()
         for pool in self._accepted:
-            flipping = any(a.in_progress and any(g.group.pool.name == pool for g in a.report.groups) for a in self._agents.values())
-            self._estimator.freeze(pool, now, flipping)
+            self._estimator.freeze(pool, now, self._fleet.flipping(pool))
 
-    def _note_flip(self, agent: observe.Agent) -> None:
-        flip = agent.report.flip
-        mark = (flip.operation_id, flip.outcome)
-        before = self._layouts.get(agent.agent_id)
-        layout = observe.layout_of(agent.report)
-        if not agent.in_progress:
-            self._layouts[agent.agent_id] = layout
-        if before is None:
-            self._flip_seen[agent.agent_id] = mark  # of an earlier leader's time
-        if self._flip_seen.get(agent.agent_id) == mark or flip.outcome == agent_pb2.FlipReport.OUTCOME_RUNNING or before is None:
-            return
-        self._flip_seen[agent.agent_id] = mark
-        self._flip_at[agent.agent_id] = time.time()
-        for pool in {g.pool for g in layout.groups}:
-            old = status.layout_text(before, pool)
-            if not old:
-                continue  # the first layout is no flip
-            entry = FlipStatus(
-                time=_text(time.time()),
-                operation_id=flip.operation_id,
-                agent_id=agent.agent_id,
-                **{"from": old},
-                to=status.layout_text(layout, pool),
-                outcome=status.OUTCOMES.get(flip.outcome, "Failed"),
-                streams_moved=flip.streams_moved,
-                pause_ms=sum(p.duration_ms for p in flip.phases),
-            )
-            self._flips[pool] = [entry, *self._flips.get(pool, [])][:5]
-            self._counted[pool] = self._counted.get(pool, 0) + 1
+    def _judge(self) -> dict[str, accept.Judgement]:
+        pools, types = dict(self._store.pools), self._fleet.gpu_types
+        for key, obj in pools.items():
+            self._history.adopt(key, obj.get("status") or {})
+            if key not in self._accepted and (before := remember.spec_in_force(obj, types, self._profiles)) is not None:
+                self._accepted[key] = before
+        judged = accept.judge(pools, self._fleet.facts, types, self._profiles, self._executor.illegal, self._accepted)
+        self._accepted = {k: j.accepted for k, j in judged.items() if j.accepted is not None}
+        return judged
 
-    async def _route(self) -> None:
-        wanted = routes.routes(self._accepted, self._agents)
-        body = gateway_pb2.ApplyRoutesRequest(pools=wanted).SerializeToString(deterministic=True)
-        for address, link in self._links.gateways.items():
-            if link.described is None:
-                continue
-            generation, last = self._routes.get(address, (0, b""))
-            reported = max(link.described.routes_generation, link.report.routes_generation if link.report else 0)
-            lost = link.report is not None and generation > 0 and link.report.routes_generation == 0
-            if last == body and not lost:
-                continue
-            generation = max(generation, reported) + 1
-            request = gateway_pb2.ApplyRoutesRequest(
-                contract_version=CONTRACT_VERSION, term=self._leader.term, generation=generation, pools=wanted
-            )
-            try:
-                answer = await link.stub.ApplyRoutes(request, timeout=links.CALL_S)
-            except grpc.aio.AioRpcError as e:
-                log.warning("gateway %s did not take routes: %s %s", address, e.code().name, e.details())
-                continue
-            if answer.WhichOneof("answer") == "rejected":
-                log.warning("gateway %s rejected routes: %s", address, answer.rejected.message)
-                self._executor.stale_term = max(self._executor.stale_term, answer.rejected.highest_term)
-                self._routes[address] = (generation, b"")
-            else:
-                self._routes[address] = (generation, body)
-
-    async def _write(self, judged: Mapping[str, accept.Judgement], taken: Snapshot, decided: Plan, now: float) -> None:
-        rejections = {i: s.rejected.message for i, s in self._executor.sent.items() if s.rejected is not None}
-        reports = [k.report for k in self._links.gateways.values() if k.report is not None]
+    async def _write(self, judged: Mapping[str, accept.Judgement], taken: Any, decided: Any, now: float) -> None:
+        sent = self._executor.sent
+        rejections = {i: s.rejected.message for i, s in sent.items() if s.rejected is not None}
+        operations = {i: s.directive.operation_id for i, s in sent.items()}
+        agents, strangers = self._fleet.agents, self._fleet.strangers
+        seen = status.Seen(taken, decided, agents, strangers, self._figures, rejections, operations, self._leader.term, now)
         for key, j in judged.items():
-            obj = self._store.pools.get(key)
-            if obj is None:
+            if (obj := self._store.pools.get(key)) is None:
                 continue
-            # What was written last is newer than what the watch has brought back.
-            base = {**obj, "status": self._written.get(key, obj.get("status") or {})}
-            new = status.pool_status(
-                base, j, taken, decided, self._agents, reports, rejections, self._flips, self._leader.term, _text(now)
-            ).dump()
-            new["flips"] = new.get("flips", 0) + self._counted.pop(key, 0)
-            if new == base["status"]:
-                continue
-            patch = {"status": {**dict.fromkeys(set(base["status"]) - set(new)), **new}}
-            namespace, _, name = key.partition("/")
-            try:
-                await asyncio.to_thread(self._custom.patch_namespaced_custom_object_status, GROUP, VERSION, namespace, POOLS, name, patch)
-                self._written[key] = new
-            except ApiException as e:
-                if e.status != 404:
-                    raise
-        for gone in set(self._written) - set(self._store.pools) - {f"node {i}" for i in self._agents}:
-            del self._written[gone]
-
-    async def _write_nodes(self, now: float) -> None:
-        for agent_id, agent in self._agents.items():
-            key = f"node {agent_id}"
-            if key not in self._written:
-                try:
-                    found = await asyncio.to_thread(self._custom.get_cluster_custom_object, GROUP, VERSION, NODES, agent_id)
-                except ApiException as e:
-                    if e.status != 404:
-                        raise
-                    found = await asyncio.to_thread(
-                        self._custom.create_cluster_custom_object, GROUP, VERSION, NODES, nodes.node_object(agent)
-                    )
-                self._written[key] = found.get("status") or {}
-            new = nodes.node_status(agent, self._written[key], _text(now)).dump()
-            if new != self._written[key]:
-                await asyncio.to_thread(self._custom.patch_cluster_custom_object_status, GROUP, VERSION, NODES, agent_id, {"status": new})
-                self._written[key] = new
+            before = self._writer.before(key, obj)
+            new = status.pool_status(obj, j, seen, before, self._history.last(key), self._history.total(key))
+            await self._writer.pool(key, obj, new)
+        self._writer.forget(self._store.pools)
+        self._history.keep(self._store.pools)

@@ -173,6 +173,13 @@ class FlipStatus(Part):
     pause_ms: float | None = None
 
 
+class AcceptedSpec(Part):
+    """`spec`: JSON."""
+
+    generation: int | None = None
+    spec: str | None = None
+
+
 class PoolStatus(Part):
     observed_generation: int | None = None
     term: int | None = None
@@ -187,6 +194,7 @@ class PoolStatus(Part):
     agents: AgentCounts | None = None
     tiers: list[TierStatus] | None = None
     plan: PlanStatus | None = None
+    accepted: AcceptedSpec | None = None
     last_flips: list[FlipStatus] | None = None
     conditions: list[Condition] | None = None
 

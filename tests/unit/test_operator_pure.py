@@ -1,5 +1,7 @@
 """The operator's pure parts: which spec is in force, when a directive differs, who gets which term."""
 
+import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -8,17 +10,26 @@ import pytest
 
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Capacity, Group, Layout, TierShare
-from nitsum.planner.types import NodePlan
+from nitsum.planner.types import NodePlan, PlannerSettings
 from nitsum.residency import Residency, ResidentEngine
 from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.gateway.v1 import gateway_pb2
 from nitsum_api.issue import issue, new_ca
 from nitsum_api.security import Identity
+from nitsum_api.types.v1 import types_pb2
 from nitsum_operator import settings
 from nitsum_operator.accept import Judgement, judge
+from nitsum_operator.drift import drifted
 from nitsum_operator.execute import digest, directive
+from nitsum_operator.figures import Figures
+from nitsum_operator.fleet import Fleet
+from nitsum_operator.handlers import OUT_OF_SERVICE, Store
+from nitsum_operator.history import History
 from nitsum_operator.issuer import due
 from nitsum_operator.leader import next_term
 from nitsum_operator.links import Endpoint, endpoints
+from nitsum_operator.plan import snapshot
+from nitsum_operator.remember import lost_agent, spec_in_force
 
 
 def pool(name: str, created: str, generation: int = 1, **spec: Any) -> dict[str, Any]:
@@ -62,7 +73,7 @@ def test_what_an_agent_refused_is_not_kept() -> None:
 def test_profile_not_found_names_the_gpu() -> None:
     spec = {"model": {"name": "unheard-of", "source": {"path": "/m"}}}
     result = judged([pool("p", "2026-01-01T00:00:00Z", **spec)])["a/p"]
-    assert result.reason == "ProfileNotFound"
+    assert result.reason == "UnknownProfile"
     assert "slot" in result.message
 
 
@@ -108,3 +119,71 @@ def test_settings_name_the_wrong_key() -> None:
     assert settings.parse({"planner": {"cooldownSeconds": 2}}).planner.cooldown_s == 2.0
     with pytest.raises(InvalidSpec, match=r"planner\.cooldown"):
         settings.parse({"planner": {"cooldown": 2}})
+
+
+def test_small_drift_of_limits_is_no_directive() -> None:
+    group = node(10).layout.groups[0]
+
+    def changed(**fields: Any) -> Layout:
+        return Layout((replace(group, **fields),))
+
+    assert not drifted(Layout((group,)), changed(capacity=Capacity(12)))
+    assert drifted(Layout((group,)), changed(capacity=Capacity(13)))
+    assert not drifted(Layout((group,)), changed(shares=(TierShare("t", 0.95),)))
+    assert drifted(Layout((group,)), changed(shares=(TierShare("t", 0.5),)))
+    assert drifted(Layout((group,)), changed(shares=(TierShare("t", 1.0), TierShare("u", 0.0))))
+    assert not drifted(Layout(()), changed(capacity=Capacity(99))), "another group is a change of another kind"
+
+
+def test_figures_are_sums_over_gateways_of_the_last_minute() -> None:
+    def report(gateway: str, end: float, finished: int, met: int) -> gateway_pb2.DemandReport:
+        r = gateway_pb2.DemandReport(gateway_id=gateway, window_s=10)
+        r.window_end.FromNanoseconds(int(end * 1e9))
+        r.tiers.add(pool=types_pb2.PoolRef(name="a/p"), tier="t", arrivals=20, finished=finished, met_all=met)
+        r.tiers[0].ttft_ms.buckets[0] = finished
+        r.tiers[0].ttft_ms.gamma = 1.02
+        return r
+
+    figures = Figures()
+    for r in (report("g1", 100, 10, 1), report("g1", 160, 10, 9), report("g2", 165, 10, 10)):
+        figures.add(r)
+    now = figures.tier("a/p", "t", 170)
+    assert (now.finished, now.met_all, now.rate, now.goodput) == (20, 19, 4.0, 1.9), "the first is over a minute old"
+    assert now.ttft_ms.quantile(0.5) == 1.0
+    assert figures.tier("a/p", "other", 170).attainment is None
+
+
+def test_a_new_leader_takes_over_what_the_last_one_wrote() -> None:
+    first = judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted
+    wrong = pool("p", "2026-01-01T00:00:00Z", 2, budget={"gpus": 0})
+    kept = json.dumps(pool("p", "2026-01-01T00:00:00Z")["spec"])
+    remembered = spec_in_force({**wrong, "status": {"accepted": {"generation": 1, "spec": kept}}}, ("slot",), {})
+    assert remembered == first
+    assert spec_in_force(wrong, ("slot",), {}) is None
+    history = History()
+    history.adopt("a/p", {"flips": 7, "lastFlips": [{"time": "2026-01-01T00:00:00Z", "from": "2xTP1", "to": "1xTP2", "outcome": "Done"}]})
+    assert (history.total("a/p"), history.last("a/p")[0].to) == (7, "1xTP2")
+
+
+def test_a_lost_node_holds_its_gpus_until_its_node_is_gone_or_tainted() -> None:
+    status = {
+        "gpus": [{"uuid": "g0", "index": 0}, {"uuid": "g1", "index": 1}],
+        "groups": [{"id": "x", "pool": "a/p", "tp": 2, "state": "Open", "gpus": [0, 1]}],
+    }
+    lost = lost_agent({"spec": {"agentId": "n1", "nodeName": "n1"}, "status": status})
+    assert lost is not None
+    store, fleet = Store(), Fleet()
+    store.saw_node("n1", {}, [])
+    fleet.adopt([lost])
+    fleet.observe([], store)
+    assert not fleet.agents["n1"].connected
+    taken = snapshot(fleet.agents, {}, (), {}, {}, PlannerSettings())
+    assert taken.holds == {"a/p": ("g0", "g1")}
+    store.saw_node("n1", {}, [OUT_OF_SERVICE])
+    fleet.observe([], store)
+    assert not fleet.agents
+    assert not fleet.removed, "its Node is still there, so its ServingNode stays"
+    fleet.adopt([lost])
+    store.lost_node("n1")
+    fleet.observe([], store)
+    assert fleet.removed == {"n1"}

@@ -140,7 +140,7 @@ def shipped() -> tuple[str, ...]:
 def load_shipped(name: str) -> Profile:
     """Raises InvalidSpec that lists the names there are."""
     if name not in shipped():
-        raise InvalidSpec("spec.profile", f"no profile {name!r}; there are: {', '.join(shipped())}", "ProfileNotFound")
+        raise InvalidSpec("spec.profile", f"no profile {name!r}; there are: {', '.join(shipped())}", "UnknownProfile")
     return parse((resources.files("nitsum.profiles") / f"{name}.json").read_text(), name)
 
 

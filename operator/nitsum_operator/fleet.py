@@ -1,0 +1,87 @@
+"""All agents, those that are lost included, from links and from what the API server says of their nodes."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.conditions import Reason
+from nitsum_operator.handlers import Store
+from nitsum_operator.links import Link
+from nitsum_operator.observe import Agent
+
+LOST_AFTER_S = 10.0
+
+
+@dataclass
+class Fleet:
+    """`agents` by agent id. A lost one stays, and its GPUs count as used, until its Node is deleted or tainted out of service."""
+
+    agents: dict[str, Agent] = field(default_factory=dict)
+    strangers: tuple[tuple[str, str], ...] = ()
+    """(reason, message) of peers that are announced but were never understood."""
+    removed: set[str] = field(default_factory=set)
+    """Agents whose ServingNode shall go; whoever deletes it takes the id out."""
+
+    def adopt(self, lost: Iterable[Agent | None]) -> None:
+        """Agents that an earlier leader knew, until they are heard of again."""
+        for agent in lost:
+            if agent is not None and agent.agent_id and agent.agent_id not in self.agents:
+                self.agents[agent.agent_id] = agent
+
+    def observe(self, links: Iterable[Link], store: Store) -> list[Agent]:
+        """The agents that report now."""
+        links = list(links)
+        seen = [self._heard(link, store) for link in links if link.described is not None and link.report is not None]
+        present = {a.agent_id for a in seen}
+        self.removed -= present
+        by_address = {link.endpoint.address: link for link in links}
+        for agent_id in set(self.agents) - present:
+            self._lose(self.agents[agent_id], by_address, store)
+        known = {a.link.endpoint.address for a in self.agents.values() if a.link is not None}
+        self.strangers = tuple(
+            (str(link.trouble), f"{link.endpoint.address}: {link.problem}")
+            for link in links
+            if link.problem and link.described is None and link.endpoint.address not in known
+        )
+        return seen
+
+    def _heard(self, link: Link, store: Store) -> Agent:
+        d, report = link.described, link.report
+        name = d.node_name or link.endpoint.node_name
+        labels = {**store.nodes.get(name, {}), "nitsum.io/node-group": d.node_group}
+        fresh = link.heard_at is not None and time.monotonic() - link.heard_at < LOST_AFTER_S
+        trouble = link.trouble if link.problem else Reason.STALE_REPORTS
+        address = d.node_address or link.endpoint.node_address
+        problem = link.problem or ("" if fresh else f"no report for {LOST_AFTER_S:g} s")
+        self.agents[d.agent_id] = agent = Agent(d.agent_id, d, report, labels, fresh, address, link, problem, trouble)
+        return agent
+
+    def _lose(self, agent: Agent, by_address: dict[str, Link], store: Store) -> None:
+        link = by_address.get(agent.link.endpoint.address) if agent.link is not None else None
+        agent.connected = False
+        agent.labels = {**store.nodes.get(agent.described.node_name, {}), "nitsum.io/node-group": agent.described.node_group}
+        if link is not None and link.problem:
+            agent.problem, agent.trouble = link.problem, link.trouble
+        elif link is None:
+            agent.problem, agent.trouble = agent.problem or "its endpoint is gone", Reason.AGENT_LOST
+        if not store.may_hold(agent.described.node_name):
+            del self.agents[agent.agent_id]
+            if agent.described.node_name not in store.nodes:
+                self.removed.add(agent.agent_id)
+
+    @property
+    def facts(self) -> dict[str, list[agent_pb2.ModelFacts]]:
+        """By model: what each agent read in its checkpoint."""
+        found: dict[str, list[agent_pb2.ModelFacts]] = {}
+        for agent in self.agents.values():
+            for model, fact in agent.facts.items():
+                found.setdefault(model, []).append(fact)
+        return found
+
+    @property
+    def gpu_types(self) -> tuple[str, ...]:
+        return tuple(sorted({g.type for a in self.agents.values() for g in a.described.gpus}))
+
+    def flipping(self, pool: str) -> bool:
+        return any(a.in_progress and any(g.group.pool.name == pool for g in a.report.groups) for a in self.agents.values())
