@@ -25,6 +25,8 @@ class HostLink:
         self.on_new_host = on_new_host
         self.description: host_pb2.DescribeResponse | None = None
         self.report: agent_pb2.NodeReport | None = None
+        self.version = 0
+        """Grows with every report."""
         self.changed = asyncio.Condition()
 
     async def run(self) -> None:
@@ -48,7 +50,7 @@ class HostLink:
 
     async def _say(self, report: agent_pb2.NodeReport | None) -> None:
         async with self.changed:
-            self.report = report
+            self.report, self.version = report, self.version + 1
             self.changed.notify_all()
 
     async def apply(self, directive: agent_pb2.NodeDirective) -> agent_pb2.ApplyResponse:

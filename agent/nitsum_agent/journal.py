@@ -1,11 +1,13 @@
-"""The agent's journal: one JSON line per directive that it answered, on disk before the host hears of it.
+"""The agent's journal: JSON lines on disk before the host hears of a directive, and again with what the host answered.
 
+Three kinds of line: `directive` alone (found good, not answered yet), `directive` with `answer`, and `memory` (what a compaction kept).
 A torn last line (killed while writing) is dropped: whoever sent that directive got no answer and sends it again.
 """
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import json_format
 
@@ -35,43 +37,81 @@ class Journal:
         whole = data.rfind(b"\n") + 1
         for n, line in enumerate(data[:whole].splitlines()):
             try:
-                entry = json.loads(line)
-                directive = json_format.ParseDict(entry["directive"], agent_pb2.NodeDirective())
-                answer = json_format.ParseDict(entry["answer"], agent_pb2.ApplyResponse())
-            except (ValueError, KeyError) as e:
+                self._take(json.loads(line))
+            except (ValueError, KeyError, TypeError, json_format.ParseError) as e:
                 raise ValueError(f"{self.path}: line {n + 1} is damaged ({e}); remove the file to forget all directives") from e
-            self.memory.obeyed(directive, answer)
             self._lines += 1
         return whole if whole != len(data) else None
 
-    def write(self, directive: agent_pb2.NodeDirective, answer: agent_pb2.ApplyResponse) -> None:
+    def _take(self, entry: dict[str, Any]) -> None:
+        if "memory" in entry:
+            self.memory = _memory(entry["memory"])
+        elif "answer" in entry:
+            self.memory.answered(_directive(entry["directive"]), _answer(entry["answer"]))
+        else:
+            self.memory.found_good(_directive(entry["directive"]))
+
+    def found_good(self, directive: agent_pb2.NodeDirective) -> None:
+        """On disk when it returns: if the agent dies now, the restarted one hands it to the host."""
+        self._append({"directive": json_format.MessageToDict(directive)})
+        self.memory.found_good(directive)
+
+    def answered(self, directive: agent_pb2.NodeDirective, answer: agent_pb2.ApplyResponse) -> None:
         """On disk when it returns."""
-        with self.path.open("ab") as f:
-            os.fchmod(f.fileno(), 0o600)
-            f.write(_line(directive, answer))
-            f.flush()
-            os.fdatasync(f.fileno())
-        self.memory.obeyed(directive, answer)
-        self._lines += 1
+        self._append({"directive": json_format.MessageToDict(directive), "answer": json_format.MessageToDict(answer)})
+        self.memory.answered(directive, answer)
         if self._lines > LINES_MAX:
             self._compact()
 
+    def _append(self, entry: dict[str, Any]) -> None:
+        new = not self.path.exists()
+        with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as f:
+            f.write(_line(entry))
+            f.flush()
+            os.fsync(f.fileno())
+        if new:
+            self._sync_folder()
+        self._lines += 1
+
     def _compact(self) -> None:
-        """The directive in force and the highest term are all that a restart needs."""
+        m = self.memory
+        kept = {
+            "highest_term": m.highest_term,
+            "generation": m.generation,
+            "directive": json_format.MessageToDict(m.directive) if m.directive is not None else None,
+            "answers": {i: json_format.MessageToDict(a) for i, a in m.answers.items()},
+        }
         temporary = self.path.with_suffix(".new")
-        accepted = agent_pb2.ApplyResponse(accepted=agent_pb2.ApplyResponse.Accepted())
-        last = agent_pb2.NodeDirective()
-        if self.memory.directive is not None:
-            last.CopyFrom(self.memory.directive)
-        last.term = self.memory.highest_term
-        with temporary.open("wb") as f:
-            f.write(_line(last, accepted))
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:
+            f.write(_line({"memory": kept}))
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(self.path)
+        self._sync_folder()
         self._lines = 1
 
+    def _sync_folder(self) -> None:
+        """A new name is on disk only when its folder is."""
+        fd = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
-def _line(directive: agent_pb2.NodeDirective, answer: agent_pb2.ApplyResponse) -> bytes:
-    entry = {"directive": json_format.MessageToDict(directive), "answer": json_format.MessageToDict(answer)}
+
+def _directive(raw: Any) -> agent_pb2.NodeDirective:
+    return json_format.ParseDict(raw, agent_pb2.NodeDirective())
+
+
+def _answer(raw: Any) -> agent_pb2.ApplyResponse:
+    return json_format.ParseDict(raw, agent_pb2.ApplyResponse())
+
+
+def _memory(raw: dict[str, Any]) -> Memory:
+    directive = _directive(raw["directive"]) if raw["directive"] is not None else None
+    answers = {i: _answer(a) for i, a in raw["answers"].items()}
+    return Memory(int(raw["highest_term"]), int(raw["generation"]), directive, None, answers)
+
+
+def _line(entry: dict[str, Any]) -> bytes:
     return json.dumps(entry, separators=(",", ":")).encode() + b"\n"

@@ -12,16 +12,26 @@ REMEMBERED_MAX = 64
 
 @dataclass
 class Memory:
-    """What the journal holds. `answers` maps operation ids to their answers, oldest first."""
+    """What the journal holds. `answers` maps operation ids to their answers, oldest first.
+
+    `directive` and `generation` are what is in force; `pending` was found good but the host has not answered it yet.
+    """
 
     highest_term: int = 0
     generation: int = 0
     directive: agent_pb2.NodeDirective | None = None
+    pending: agent_pb2.NodeDirective | None = None
     answers: dict[str, agent_pb2.ApplyResponse] = field(default_factory=dict)
 
-    def obeyed(self, directive: agent_pb2.NodeDirective, answer: agent_pb2.ApplyResponse) -> None:
+    def found_good(self, directive: agent_pb2.NodeDirective) -> None:
         self.highest_term = max(self.highest_term, directive.term)
-        if answer.WhichOneof("answer") == "accepted":
+        self.pending = directive
+
+    def answered(self, directive: agent_pb2.NodeDirective, answer: agent_pb2.ApplyResponse) -> None:
+        """The host's word: only now is the directive in force, or refused for good."""
+        self.highest_term = max(self.highest_term, directive.term)
+        self.pending = None
+        if answer.WhichOneof("answer") != "rejected":
             self.generation = max(self.generation, directive.generation)
             self.directive = directive
         self.answers.pop(directive.operation_id, None)
@@ -46,7 +56,7 @@ def judge(memory: Memory, request: agent_pb2.ApplyRequest, now_s: float, gpu_uui
     if not d.operation_id or d.term == 0 or d.generation == 0:
         return rejected(Reason.REASON_INVALID, "operation_id, term and generation must be set", memory.highest_term)
     if (before := memory.answers.get(d.operation_id)) is not None:
-        if before.WhichOneof("answer") == "accepted":
+        if before.WhichOneof("answer") != "rejected":
             return agent_pb2.ApplyResponse(already_done=agent_pb2.ApplyResponse.AlreadyDone())
         return before
     if d.generation <= memory.generation:

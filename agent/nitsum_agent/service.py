@@ -29,6 +29,7 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         self.state_dir = state_dir
         self.journal = Journal(state_dir)
         self.host = HostLink(host_socket, self._renew)
+        self.problem = ""
         self._turn = asyncio.Lock()  # one directive at a time
 
     @property
@@ -36,15 +37,33 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         return frozenset(g.uuid for g in self.host.description.gpus) if self.host.description else frozenset()
 
     async def _renew(self) -> None:
-        """A host that was started anew knows nothing; one that was here all along answers `already done`."""
-        directive = self.journal.memory.directive
-        if directive is None or not directive.operation_id:
-            return
-        again = agent_pb2.NodeDirective()
-        again.CopyFrom(directive)
-        again.ClearField("deadline")
-        with contextlib.suppress(grpc.aio.AioRpcError):  # away again: the next incarnation gets it
-            await self.host.apply(again)
+        """To a host just met: what it has not answered yet, and to one that knows nothing, what is in force."""
+        async with self._turn:
+            memory, self.problem = self.journal.memory, ""
+            if (pending := memory.pending) is not None:
+                await self._hand_over(pending)
+            fresh = self.host.description is not None and not self.host.description.applied_operation_id
+            if memory.directive is None or not memory.directive.operation_id or not fresh:
+                return
+            again = agent_pb2.NodeDirective()
+            again.CopyFrom(memory.directive)
+            again.ClearField("deadline")
+            with contextlib.suppress(grpc.aio.AioRpcError):  # away again: the next incarnation gets it
+                answer = await self.host.apply(again)
+                if answer.WhichOneof("answer") == "rejected":
+                    self.problem = f"the engine host refuses what was in force: {answer.rejected.message}"
+
+    async def _hand_over(self, directive: agent_pb2.NodeDirective) -> agent_pb2.ApplyResponse | None:
+        """The host's answer, journaled; None while the host is away: the directive stays pending for its next incarnation."""
+        try:
+            answer = await self.host.apply(directive)
+        except grpc.aio.AioRpcError:
+            return None
+        maybe_die(FaultPoint.AGENT_FLIPPING, self.state_dir)
+        if answer.WhichOneof("answer") == "rejected":
+            answer.rejected.highest_term = self.journal.memory.highest_term
+        self.journal.answered(directive, answer)
+        return answer
 
     async def Describe(self, request: agent_pb2.DescribeRequest, context: Context) -> agent_pb2.DescribeResponse:
         await require_role(context, "operator")
@@ -75,24 +94,10 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
                     Reason.REASON_HOST_UNAVAILABLE, "the node's engine host does not answer; it is tried again", memory.highest_term
                 )
             maybe_die(FaultPoint.AGENT_ACCEPTED, self.state_dir)
-            # Accepted before the host hears of it: if we die now, the restarted agent hands it over.
-            accepted = agent_pb2.ApplyResponse(accepted=agent_pb2.ApplyResponse.Accepted())
-            previous = memory.directive, memory.generation
-            self.journal.write(directive, accepted)
+            self.journal.found_good(directive)
             maybe_die(FaultPoint.AGENT_JOURNALED, self.state_dir)
-            try:
-                answer = await self.host.apply(directive)
-            except grpc.aio.AioRpcError:
-                return accepted  # the next incarnation of the host gets it
-            maybe_die(FaultPoint.AGENT_FLIPPING, self.state_dir)
-            if answer.WhichOneof("answer") == "rejected":
-                answer.rejected.highest_term = memory.highest_term
-                self.journal.write(directive, answer)
-                if previous[0] is not None:  # what was in force before still is
-                    self.journal.write(previous[0], accepted)
-                memory.directive, memory.generation = previous
-                return answer
-            return accepted
+            answer = await self._hand_over(directive)
+            return answer if answer is not None else agent_pb2.ApplyResponse(accepted=agent_pb2.ApplyResponse.Accepted())
 
     def _report(self) -> agent_pb2.NodeReport:
         report = agent_pb2.NodeReport()
@@ -105,20 +110,33 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         report.host_connected = self.host.report is not None
         if not report.host_connected:
             report.problem = "the engine host does not answer"
+        elif self.problem and not report.problem:
+            report.problem = self.problem
         return report
 
     async def Watch(self, request: agent_pb2.WatchRequest, context: Context) -> AsyncIterator[agent_pb2.WatchResponse]:
         await require_role(context, "operator")
+        await _same_contract(request.contract_version, context)
         interval_s = min(max(request.interval_ms or 1000, INTERVAL_MS_MIN), INTERVAL_MS_MAX) / 1e3
         while True:
+            said = self.host.version
             yield agent_pb2.WatchResponse(contract_version=CONTRACT_VERSION, report=self._report())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s), self.host.changed:
-                    await self.host.changed.wait()
+                    # By number: what changed while the last report was on its way is not missed.
+                    await self.host.changed.wait_for(lambda said=said: self.host.version != said)  # type: ignore[misc]
 
     async def Drain(self, request: agent_pb2.DrainRequest, context: Context) -> agent_pb2.DrainResponse:
         await require_role(context, "operator")
+        await _same_contract(request.contract_version, context)
         if request.term < self.journal.memory.highest_term:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"term {request.term} is over")
         await self.host.stub.Drain(host_pb2.DrainRequest(grace_ms=request.grace_ms), timeout=request.grace_ms / 1e3 + 10)
         return agent_pb2.DrainResponse()
+
+
+async def _same_contract(version: str, context: Context) -> None:
+    """Aborts the call of a peer of another contract version: half understood is worse than refused."""
+    if version != CONTRACT_VERSION:
+        text = f"this agent speaks contract {CONTRACT_VERSION}, the caller {version or 'none'}: upgrade the older side"
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)

@@ -10,7 +10,7 @@ import pytest
 
 from nitsum_agent.host_link import HostLink
 from nitsum_agent.journal import LINES_MAX, Journal
-from nitsum_agent.obedience import Memory, Reason, judge
+from nitsum_agent.obedience import Memory, Reason, judge, rejected
 from nitsum_agent.service import Agent
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
@@ -28,9 +28,13 @@ class FakeHost(host_pb2_grpc.HostServiceServicer):
     def __init__(self, incarnation: str) -> None:
         self.incarnation, self.applied = incarnation, list[str]()
         self.answer = ACCEPTED
+        self.known = ""
 
     async def Describe(self, request: host_pb2.DescribeRequest, context: object) -> host_pb2.DescribeResponse:
-        return host_pb2.DescribeResponse(contract_version=CONTRACT_VERSION, gpus=[agent_pb2.Gpu(uuid="g0")], incarnation=self.incarnation)
+        known = self.applied[-1] if self.applied else self.known
+        return host_pb2.DescribeResponse(
+            contract_version=CONTRACT_VERSION, gpus=[agent_pb2.Gpu(uuid="g0")], incarnation=self.incarnation, applied_operation_id=known
+        )
 
     async def Apply(self, request: host_pb2.ApplyRequest, context: object) -> host_pb2.ApplyResponse:
         self.applied.append(request.directive.operation_id)
@@ -101,9 +105,9 @@ def test_deadline_gpu_and_contract() -> None:
 
 def test_the_journal_survives_a_cut_at_every_byte(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
-    journal.write(directive("op1", 1, 1), ACCEPTED)
+    journal.answered(directive("op1", 1, 1), ACCEPTED)
     first = journal.path.stat().st_size
-    journal.write(directive("op2", 2, 5), ACCEPTED)
+    journal.answered(directive("op2", 2, 5), ACCEPTED)
     data = journal.path.read_bytes()
     for cut in range(len(data) + 1):
         journal.path.write_bytes(data[:cut])
@@ -115,11 +119,28 @@ def test_the_journal_survives_a_cut_at_every_byte(tmp_path: Path) -> None:
 def test_the_journal_is_bounded(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for i in range(1, LINES_MAX + 3):
-        journal.write(directive(f"op{i}", i, 3), ACCEPTED)
+        journal.answered(directive(f"op{i}", i, 3), ACCEPTED)
     again = Journal(tmp_path)
     assert again.memory.highest_term == 3
     assert again.memory.generation == LINES_MAX + 2
     assert len(journal.path.read_text().splitlines()) < 10
+    assert again.memory.answers[f"op{LINES_MAX}"] == ACCEPTED, "compaction keeps the answers"
+    assert journal.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_the_host_never_answered_is_pending_and_not_in_force(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.answered(directive("op1", 1, 1), ACCEPTED)
+    journal.found_good(directive("op2", 2, 2))
+    memory = Journal(tmp_path).memory
+    assert memory.pending is not None
+    assert memory.pending.operation_id == "op2"
+    assert (memory.generation, memory.highest_term) == (1, 2)
+    journal.answered(directive("op2", 2, 2), rejected(Reason.REASON_INVALID, "no"))
+    memory = Journal(tmp_path).memory
+    assert memory.pending is None
+    assert memory.directive is not None
+    assert (memory.directive.operation_id, memory.generation) == ("op1", 1)
 
 
 @pytest.fixture
@@ -203,6 +224,39 @@ async def test_the_hosts_rejection_is_passed_on_and_the_old_directive_stays_in_f
     assert memory.directive is not None
     assert memory.directive.operation_id == "op1"
     await server.stop(0)
+
+
+async def test_a_directive_that_the_host_never_saw_reaches_it_after_a_restart(certs: Path) -> None:
+    journal = Journal(certs / "state")
+    journal.answered(directive("op1", 1), ACCEPTED)
+    journal.found_good(directive("op2", 2))  # and here the agent was killed
+    host, server = await start_host(certs / "h.sock", "one")
+    host.known = "op1"
+    async with Running(certs) as r:
+        await eventually(lambda: host.applied == ["op2"])
+        await eventually(lambda: r.agent.journal.memory.generation == 2)
+    await server.stop(0)
+
+
+async def test_a_host_that_went_on_is_not_told_again_what_it_does(certs: Path) -> None:
+    Journal(certs / "state").answered(directive("op1", 1), ACCEPTED)
+    host, server = await start_host(certs / "h.sock", "one")
+    host.known = "op1"
+    async with Running(certs) as r:
+        await eventually(lambda: r.host.report is not None)
+        assert (await r.apply(directive("op3", 3))).WhichOneof("answer") == "accepted"
+        assert host.applied == ["op3"]
+    await server.stop(0)
+
+
+async def test_another_contract_is_told_so_and_left_alone(certs: Path) -> None:
+    async with Running(certs) as r:
+        assert (await r.stub.Describe(agent_pb2.DescribeRequest(contract_version="v0"), timeout=5)).contract_version == CONTRACT_VERSION
+        with pytest.raises(grpc.aio.AioRpcError, match="upgrade the older side"):
+            async for _ in r.stub.Watch(agent_pb2.WatchRequest(contract_version="v0")):
+                pass
+        with pytest.raises(grpc.aio.AioRpcError, match="upgrade the older side"):
+            await r.stub.Drain(agent_pb2.DrainRequest(contract_version="v0", term=9), timeout=5)
 
 
 async def test_without_its_host_it_says_so(certs: Path) -> None:
