@@ -73,7 +73,10 @@ class Host(host_pb2_grpc.HostServiceServicer):
         except Exception as e:  # whatever is wrong with a user's checkpoint belongs into the report
             facts.problem = str(e)
             return facts
-        facts.legal_tp.extend(read.legal_tp(max(len(self.gpus), 1)))
+        legal = read.legal_tp(max(len(self.gpus), 1))
+        if self.engines.settings.device == "cpu":  # SGLang's CPU backend does not replicate KV heads
+            legal = tuple(t for t in legal if t <= read.num_kv_heads)
+        facts.legal_tp.extend(legal)
         facts.weight_bytes, facts.kv_bytes_per_token, facts.context_length = read.weight_bytes, read.kv_bytes_per_token, read.context_length
         return facts
 
@@ -130,6 +133,13 @@ class Host(host_pb2_grpc.HostServiceServicer):
         except (EngineEnded, OSError, TimeoutError) as e:
             self.problem = f"{type(e).__name__}: {e}"[:2000]
             log.error("operation %s: %s", d.operation_id, self.problem)
+        except Exception as e:
+            # A bug. Ending the host would end every stream of the node, those of groups that the flip never touched included; so what
+            # serves goes on, and the report says that the operation did not end as it should.
+            self.problem = f"internal error in operation {d.operation_id}: {type(e).__name__}: {e}"[:2000]
+            log.exception("operation %s", d.operation_id)
+            if self.flip is not None and self.flip.report.operation_id == d.operation_id:
+                self.flip.report.outcome, self.flip.report.message = agent_pb2.FlipReport.OUTCOME_FAILED, self.problem
         finally:
             self.running_id = ""
             self.node.touch()

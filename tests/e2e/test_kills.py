@@ -61,10 +61,10 @@ async def armed(system: System, kill: Kill) -> AsyncIterator[None]:
 
         await wait_until(fired, f"{kill.process} dies at {kill.point}", 600, poll_s=0.02)
         now = time.monotonic()
-        if kill.process == "engine":
-            system.died.update({x["pid"]: now for x in system.stage.awake_lines() if x["engine"] == where.name})
-        if kill.process.endswith(".host"):
-            system.died.update({x["pid"]: now for x in system.stage.awake_lines() if x["gpus"][0].startswith(NODE)})
+        for line in system.stage.awake_lines():
+            on_node = line["gpus"][0].startswith(NODE)
+            if on_node and (kill.process.endswith(".host") or (kill.process == "engine" and line["engine"] == where.name)):
+                system.died.setdefault(line["pid"], now)  # a pid that an earlier kill ended died then, not now
 
     watching = asyncio.create_task(watch())
     try:

@@ -85,7 +85,7 @@ class Running:
             "--node-name",
             "n0",
         ]
-        argv += ["--state-dir", str(folder / "s"), "--memory-dir", str(self.memory), "--no-weight-store"]
+        argv += ["--state-dir", str(folder / "s"), "--memory-dir", str(self.memory)]
         log = (folder / "host.log").open("wb")
         self.process = subprocess.Popen([sys.executable, "-m", "nitsum_host.main", *argv], stdout=log, stderr=log)
         self.channel = grpc.aio.insecure_channel(f"unix:{folder / 'h.sock'}")
@@ -224,3 +224,26 @@ async def test_streams_cross_flips_token_for_token(host: Running) -> None:
     assert (await host.apply(directive("op3", 3, 1))).WhichOneof("answer") == "already_done"
     wrong = await host.apply(directive("op9", 9, 2, tps=(1,)))
     assert wrong.rejected.reason == agent_pb2.ApplyResponse.Rejected.REASON_NOT_RESIDENT
+
+
+@pytest.mark.timeout(300)
+async def test_a_parked_engine_that_is_killed_comes_back_and_wakes(host: Running) -> None:
+    assert (await host.apply(directive("op1", 1, 1))).WhichOneof("answer") == "accepted", host.log()
+    await host.applied("op1")
+    pids = json.loads((host.folder / "s/e/e2-0/remains.json").read_text())["pids"]
+    os.kill(pids[0], signal.SIGKILL)
+    async with asyncio.timeout(120):
+        async for answer in host.stub.Watch(host_pb2.WatchRequest(interval_ms=100)):
+            engine = next(e for e in answer.report.engines if e.engine.engine_id == "e2-0")
+            if engine.restarts == 1 and engine.state == agent_pb2.EngineReport.STATE_PARKED:
+                break
+    assert (await host.apply(directive("op2", 2, 2))).WhichOneof("answer") == "accepted"
+    assert (await host.applied("op2")).flip.outcome == agent_pb2.FlipReport.OUTCOME_DONE
+
+
+@pytest.mark.timeout(300)
+async def test_tp_above_the_kv_heads_is_not_legal_on_cpu(host: Running) -> None:
+    model = types_pb2.Model(name="narrow", source=types_pb2.ModelSource(path=str(tiny_llama(heads=8, kv_heads=1, layers=2))))
+    pools = [agent_pb2.PoolDirective(pool=POOL, model=model)]
+    answer = await host.stub.Inspect(host_pb2.InspectRequest(pools=pools), timeout=60, wait_for_ready=True)
+    assert list(answer.models[0].legal_tp) == [1]
