@@ -33,8 +33,12 @@ lint: sync ## Format, lint, types, import directions, contracts
 	$(RUN) buf lint
 	$(RUN) proto/generate.sh >/dev/null 2>&1 && git diff --exit-code --stat -- proto
 
+.PHONY: binaries
+binaries: sync ## etcd, kube-apiserver, kube-controller-manager, helm: built once, then cached
+	@$(RUN) python -m nitsum_local.binaries >/dev/null
+
 .PHONY: test
-test: lint ## Everything, from lint to the end-to-end test
+test: lint binaries ## Everything, from lint to the end-to-end test
 	$(RUN) pytest tests/unit tests/property tests/golden -n 2 -q
 	@for d in cluster engine e2e; do if compgen -G "tests/$$d/test_*.py" >/dev/null; then $(RUN) pytest tests/$$d -q || exit 1; fi; done
 
