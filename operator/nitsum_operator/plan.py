@@ -6,17 +6,21 @@ from nitsum.demand import TierDemand
 from nitsum.layout import Layout
 from nitsum.planner.types import NodeView, Plan, PlannerSettings, Snapshot
 from nitsum.planner.v0 import plan
+from nitsum_api.agent.v1 import agent_pb2
 from nitsum_operator.accept import Accepted
 from nitsum_operator.observe import Agent, layout_of, node_of, residency_of
 
 
-def legal_tp(agent: Agent, accepted: Mapping[str, Accepted]) -> dict[str, tuple[int, ...]]:
-    """Facts where there are some. Before: what the spec allows, which the agent then checks against the model's config."""
-    facts = agent.facts
+def legal_tp(agent: Agent, elsewhere: Mapping[str, agent_pb2.ModelFacts], accepted: Mapping[str, Accepted]) -> dict[str, tuple[int, ...]]:
+    """Facts where there are some, of the agent itself or of another: a node that joins must not narrow what runs on the others.
+
+    Before: what the spec allows, which the agent then checks against the model's config.
+    """
+    facts = {**elsewhere, **{m: f for m, f in agent.facts.items() if f.legal_tp}}
     result = {}
     for a in accepted.values():
         known = facts.get(a.pool.model)
-        result[a.pool.model] = tuple(known.legal_tp) if known is not None and known.legal_tp else (a.pool.allowed_tp or (1,))
+        result[a.pool.model] = tuple(known.legal_tp) if known is not None else (a.pool.allowed_tp or (1,))
     return result
 
 
@@ -30,6 +34,7 @@ def snapshot(
 ) -> Snapshot:
     """`sent`: layouts of the last directives; on a node that flips, that is what it will be."""
     views = []
+    facts = {m: f for a in agents.values() for m, f in a.facts.items() if f.legal_tp}
     holds: dict[str, list[str]] = {}
     for agent_id, agent in sorted(agents.items()):
         flipping = agent.in_progress
@@ -41,7 +46,7 @@ def snapshot(
             layout = Layout()
         views.append(
             NodeView(
-                node_of(agent, legal_tp(agent, accepted)),
+                node_of(agent, legal_tp(agent, facts, accepted)),
                 residency_of(agent.report),
                 layout,
                 {r.group.group_id: r.load.resident_tokens for r in agent.report.groups},
