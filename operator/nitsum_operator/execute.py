@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -94,6 +95,12 @@ def directive(node: NodePlan, pools: Mapping[str, Accepted], generation: int, te
     return result
 
 
+def named(message: str, models: Mapping[str, str]) -> list[str]:
+    """Pools whose model a rejection is about, of those in its directive; all of them where it names none. `models`: by pool."""
+    found = [m for m in models.values() if re.search(rf"(?<![\w.:/-]){re.escape(m)}(?![\w/-])", message)]
+    return [n for n, m in models.items() if m in found or not found]
+
+
 @dataclass
 class Sent:
     """The last directive to one agent and what became of it. Times: monotonic seconds."""
@@ -153,6 +160,5 @@ class Executor:
             self.stale_term = max(self.stale_term, answer.rejected.highest_term)
             sent.at = 0.0  # again at once, with a higher term
         elif answer.rejected.reason == REJECTED.REASON_ILLEGAL_TP:
-            named = [n for n, a in pools.items() if a.pool.model in answer.rejected.message] or list(pools)
-            for n in named:
+            for n in named(answer.rejected.message, {p.pool.name: p.model.name for p in d.pools}):
                 self.illegal[n, pools[n].generation] = answer.rejected.message

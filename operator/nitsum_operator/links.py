@@ -74,6 +74,8 @@ class Link:
     task: asyncio.Task[None] | None = None
     reports: list[Any] = field(default_factory=list)
     """Gateways: windows not yet taken by the estimator, at most 64."""
+    credentials: int = 0
+    """Which certificate it was opened with."""
 
     @property
     def stub(self) -> Any:
@@ -117,13 +119,19 @@ class Links:
         self.gateways: dict[str, Link] = {}
 
     async def update(self, role: str, found: tuple[Endpoint, ...], tls: Path) -> None:
-        """Opens links to new endpoints and closes those that are gone."""
+        """Opens links to new endpoints and closes those that are gone. A channel keeps the certificate that it was opened with, so a
+        renewed one means a new channel; what is known of the peer stays."""
         links = self.agents if role == "agent" else self.gateways
         for address in set(links) - {e.address for e in found}:
             await self._close(links.pop(address))
+        credentials = max((tls / name).stat().st_mtime_ns for name in ("ca.crt", "tls.crt", "tls.key"))
         for e in found:
-            if e.address not in links:
-                link = links[e.address] = Link(e, role, secure_channel(e.address, role, tls))
+            if e.address not in links or links[e.address].credentials != credentials:
+                link = Link(e, role, secure_channel(e.address, role, tls), credentials=credentials)
+                if (old := links.get(e.address)) is not None:
+                    link.described, link.report, link.heard_at, link.reports = old.described, old.report, old.heard_at, old.reports
+                    await self._close(old)
+                links[e.address] = link
                 link.task = asyncio.create_task(link.follow(), name=f"{role} {e.address}")
 
     async def _close(self, link: Link) -> None:

@@ -35,6 +35,7 @@ def snapshot(
     """`sent`: layouts of the last directives; on a node that flips, that is what it will be."""
     views = []
     facts = {m: f for a in agents.values() for m, f in a.facts.items() if f.legal_tp}
+    answering = {g.uuid for a in agents.values() if a.connected for g in a.described.gpus}
     holds: dict[str, list[str]] = {}
     for agent_id, agent in sorted(agents.items()):
         flipping = agent.in_progress
@@ -42,7 +43,8 @@ def snapshot(
         usable = agent.connected and not agent.report.draining
         if not usable:
             for g in layout.groups:
-                holds.setdefault(g.pool, []).extend(g.gpu_uuids)
+                # A GPU that another agent reports is given to that one: its own says what it holds.
+                holds.setdefault(g.pool, []).extend(u for u in g.gpu_uuids if agent.connected or u not in answering)
             layout = Layout()
         views.append(
             NodeView(
@@ -52,7 +54,7 @@ def snapshot(
                 {r.group.group_id: r.load.resident_tokens for r in agent.report.groups},
                 agent.report.observed_at.ToNanoseconds() / 1e9,
                 flipping,
-                usable,
+                usable and not agent.cordoned,
                 last_flip_at.get(agent_id),
             )
         )

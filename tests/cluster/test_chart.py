@@ -83,11 +83,11 @@ ALLOWED = [
     ("create", "servingnodes.nitsum.io", ""),
     ("patch", "servingnodes.nitsum.io/status", ""),
     ("watch", "nodes", ""),
-    ("watch", "endpointslices.discovery.k8s.io", ""),
-    ("update", "leases.coordination.k8s.io", ""),
+    ("list", "endpointslices.discovery.k8s.io", ""),
+    ("update", "leases.coordination.k8s.io/nitsum-operator", ""),
+    ("create", "leases.coordination.k8s.io", ""),
     ("create", "secrets", ""),
     ("update", "secrets/nitsum-ca", ""),
-    ("create", "events", "-A"),
 ]
 DENIED = [
     ("update", "servingpools.nitsum.io", ""),
@@ -96,6 +96,10 @@ DENIED = [
     ("list", "secrets", ""),
     ("update", "nodes", ""),
     ("create", "pods", ""),
+    ("create", "events", "-A"),
+    ("update", "leases.coordination.k8s.io", ""),
+    ("patch", "servingnodes.nitsum.io", ""),
+    ("patch", "secrets/nitsum-ca", ""),
     ("get", "leases.coordination.k8s.io", "-A"),
 ]
 

@@ -139,6 +139,7 @@ def _running(view: _PoolView) -> tuple[_Placed, ...]:
     groups = [
         (n.node.agent_id, g)
         for n in view.snapshot.nodes
+        if n.schedulable
         for g in n.layout.groups
         if g.pool == view.pool.name and g.model == view.pool.model and g.engine_id.endswith(view.mark)
     ]
@@ -379,8 +380,9 @@ def _decide(view: _PoolView, now: float) -> tuple[tuple[_Placed, ...], PoolPlan]
     gpus = sum(map(len, view.owned.values()))
     reasons = [f"profile {getattr(view.snapshot.step_times[pool.name], 'name', '?')} ({view.snapshot.step_times[pool.name].origin})"]
 
-    def keep(why: str, verdict: Verdict = Verdict.KEEP) -> tuple[tuple[_Placed, ...], PoolPlan]:
-        return repaired, PoolPlan(pool.name, gpus, current.goodput, current.outlook, (*reasons, why), _rejected(ranked, current), verdict)
+    def keep(why: str, would: bool = False) -> tuple[tuple[_Placed, ...], PoolPlan]:
+        verdict, rejected = Verdict.KEEP if repaired == running else Verdict.CHANGE, _rejected(ranked, current)
+        return repaired, PoolPlan(pool.name, gpus, current.goodput, current.outlook, (*reasons, why), rejected, verdict, would)
 
     if repaired:
         if repaired != running:
@@ -399,7 +401,7 @@ def _decide(view: _PoolView, now: float) -> tuple[tuple[_Placed, ...], PoolPlan]
             gain = best.score / current.score - 1 if current.score > 0 else 0.0
             return keep(f"{_describe(repaired)} stays: the best other shape gains {max(gain, 0):.0%}, {settings.gain_min:.0%} is asked")
         if pool.mode is not AdaptationMode.ACTIVE:
-            return keep(f"{pool.mode}: would change {_describe(repaired)} to {best.label}")
+            return keep(f"{pool.mode}: would change {_describe(repaired)} to {best.label}", would=True)
         reasons.append(
             f"{_describe(repaired)} -> {best.label}: expected goodput {current.goodput:.2f} -> {best.goodput:.2f} requests/s "
             f"for a pause of {pause * 1e3:.0f} ms on {part:.0%} of the GPUs, expected to last {settings.dwell_s:g} s"
@@ -474,8 +476,12 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
         assert sum(p.engine.tp_size for p in placed) <= pool.budget_gpus, f"{pool.name}: above its budget"
     late = sorted(changing)[snapshot.settings.flips_at_once_max :]
     nodes = []
+    names = {p.name for p in snapshot.pools}
     for n in sorted(snapshot.nodes, key=lambda n: n.node.agent_id):
         agent_id = n.node.agent_id
+        if not n.schedulable:
+            nodes.append(NodePlan(agent_id, n.residency, Layout(tuple(g for g in n.layout.groups if g.pool in names))))
+            continue
         if agent_id in late:
             nodes.append(NodePlan(agent_id, n.residency, n.layout))
             continue
