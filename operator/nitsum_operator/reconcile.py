@@ -69,7 +69,9 @@ class Reconciler:
                     log.warning("the API server cannot be reached: %s", e)
                 except Exception:  # boundary of the loop: a bug in one cycle must not end the operator
                     log.exception("cycle failed")
-                await asyncio.sleep(max(INTERVAL_S - (time.monotonic() - started), 0.05))
+                took = time.monotonic() - started
+                # A fleet that is too large for one cycle a second gets fewer: half of the time is for hearing agents.
+                await asyncio.sleep(max(INTERVAL_S - took, min(took, INTERVAL_S)))
         finally:
             await self._links.close()
             await asyncio.to_thread(self._leader.release)
@@ -193,4 +195,7 @@ class Reconciler:
             current &= await self._writer.pool(key, obj, new)
         self._writer.forget(self._store.pools)
         self._history.keep(self._store.pools)
+        self._figures.keep(self._store.pools)
+        for gone in {pool for pool, _ in self._estimator.tiers} - set(self._store.pools):
+            self._estimator.forget(gone)
         return current

@@ -44,12 +44,13 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
 
     def __init__(self) -> None:
         self.directives: list[agent_pb2.NodeDirective] = []
+        self.version = CONTRACT_VERSION
 
     async def Describe(self, request: Any, context: Any) -> agent_pb2.DescribeResponse:
         await require_role(context, "operator")
         gpus = [agent_pb2.Gpu(uuid=f"slot-{i}", index=i, type="slot") for i in range(2)]
         return agent_pb2.DescribeResponse(
-            contract_version=CONTRACT_VERSION,
+            contract_version=self.version,
             agent_id="op-node",
             node_name="op-node",
             node_address="127.0.0.1:1",
@@ -64,7 +65,7 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
 
     async def Watch(self, request: Any, context: Any) -> Any:
         await require_role(context, "operator")
-        while True:
+        while self.version == CONTRACT_VERSION:
             report = agent_pb2.NodeReport(agent_id="op-node", highest_term=7, host_connected=True)
             report.observed_at.GetCurrentTime()
             if self.directives:
@@ -163,8 +164,8 @@ async def until(probe: Callable[[], Any], what: str, seconds: float = 30) -> Any
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
-def status(ctl: Kubectl) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ctl("get", "servingpool", "op-chat", "-o", "json")).get("status", {})
+def status(ctl: Kubectl, name: str = "op-chat") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ctl("get", "servingpool", name, "-o", "json")).get("status", {})
     return found
 
 
@@ -214,7 +215,7 @@ async def announced(ctl: Kubectl, tmp_path: Path) -> AsyncIterator[tuple[Obedien
         await server.stop(0)
         await front.stop(0)
         ctl("-n", NAMESPACE, "delete", "endpointslice", "op-test-nitsum-agents", "op-test-nitsum-gateways", "--ignore-not-found")
-        ctl("delete", "servingpool", "op-chat", "--ignore-not-found")
+        ctl("delete", "servingpool", "op-chat", "op-second", "--ignore-not-found")
 
 
 async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Start, tmp_path: Path) -> None:
@@ -300,3 +301,22 @@ async def test_killed_at_every_point_and_then_deposed(ctl: Kubectl, operator: St
         assert status(ctl)["term"] == newer["term"], "and writes no status"
         ctl("patch", "servingpool", "op-chat", "--subresource=status", "--type=merge", "-p", '{"status":{"layout":"by hand"}}')
         await until(lambda: status(ctl).get("layout") == "2xTP1", "what people write into status is written over")
+
+        second = POOL | {"metadata": {"name": "op-second", "namespace": "default"}}
+        ctl("apply", "-f", "-", stdin=json.dumps(second))
+        taken = await until(lambda: (c := condition(status(ctl, "op-second"), "Accepted")) and c, "a judgement of the second pool")
+        assert (taken["status"], taken["reason"]) == ("False", "ModelNameTaken")
+        assert "default/op-chat" in taken["message"]
+        ctl("delete", "servingpool", "op-second")
+
+        count = len(agent.directives)
+        agent.version = "another"
+        found = await until(
+            lambda: (c := condition(status(ctl), "AgentsConnected")).get("reason") == "ContractVersionMismatch" and c, "the mismatch"
+        )
+        assert "bring both to one release" in found["message"]
+        ctl("patch", "servingpool", "op-chat", "--type=merge", "-p", '{"spec":{"tensorParallel":{"allowed":[2]}}}')
+        await asyncio.sleep(2)
+        assert len(agent.directives) == count, "it is left alone"
+        agent.version = CONTRACT_VERSION
+        await until(lambda: status(ctl).get("layout") == "1xTP2", "what was wanted meanwhile")

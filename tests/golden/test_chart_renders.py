@@ -45,6 +45,7 @@ def test_chart_carries_the_crds_of_the_one_source(helm: str) -> None:
     assert source == {p.name: p.read_text() for p in (CHART / "files/crds").glob("*.yaml")}, "cp crds/*.yaml charts/nitsum/files/crds/"
     rendered = render(helm)
     assert all(text.strip() in rendered for text in source.values())
+    assert all("helm.sh/resource-policy: keep" in text for text in source.values()), "uninstalling the chart would delete every pool"
 
 
 def test_lint(helm: str) -> None:
