@@ -5,7 +5,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import grpc
@@ -119,10 +119,19 @@ class Executor:
     """Highest term that an agent answered STALE_TERM with."""
     illegal: dict[tuple[str, int], str] = field(default_factory=dict)
     """ILLEGAL_TP messages by (pool, generation)."""
+    carried: frozenset[str] = frozenset()
+    """Pools that exist without a spec in force. What runs of them stays, so their nodes get no directive: it could not name the model."""
+
+    def keep(self, agents: Collection[str], pools: Collection[str]) -> None:
+        """Forgets the others."""
+        self.sent = {i: s for i, s in self.sent.items() if i in agents}
+        self.illegal = {k: m for k, m in self.illegal.items() if k[0] in pools}
 
     def wanted(self, agent: Agent, node: NodePlan, pools: Mapping[str, Accepted]) -> bool:
         """Whether this node needs a directive now."""
         if not agent.connected or agent.in_progress or agent.report.draining:
+            return False
+        if any(r.group.pool.name in self.carried for r in agent.report.groups):
             return False
         last, mark = self.sent.get(agent.agent_id), digest(node, pools)
         applied = agent.report.applied_operation_id

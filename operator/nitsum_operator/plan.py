@@ -1,6 +1,6 @@
 """From what is observed and accepted to a Snapshot, and from that to a Plan."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from nitsum.demand import TierDemand
 from nitsum.layout import Layout
@@ -31,8 +31,12 @@ def snapshot(
     sent: Mapping[str, Layout],
     last_flip_at: Mapping[str, float],
     settings: PlannerSettings,
+    carried: Collection[str] = (),
 ) -> Snapshot:
-    """`sent`: layouts of the last directives; on a node that flips, that is what it will be."""
+    """`sent`: layouts of the last directives; on a node that flips, that is what it will be.
+
+    `carried`: pools that exist but have no spec in force. A node that runs one stays as it is until that is mended.
+    """
     views = []
     facts = {m: f for a in agents.values() for m, f in a.facts.items() if f.legal_tp}
     answering = {g.uuid for a in agents.values() if a.connected for g in a.described.gpus}
@@ -54,7 +58,7 @@ def snapshot(
                 {r.group.group_id: r.load.resident_tokens for r in agent.report.groups},
                 agent.report.observed_at.ToNanoseconds() / 1e9,
                 flipping,
-                usable and not agent.cordoned,
+                usable and not agent.cordoned and not any(g.pool in carried for g in layout.groups),
                 last_flip_at.get(agent_id),
             )
         )

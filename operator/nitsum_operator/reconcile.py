@@ -93,7 +93,9 @@ class Reconciler:
         judged = self._judge()
         agents, sent = self._fleet.agents, {i: s.layout for i, s in self._executor.sent.items()}
         demand = self._estimator.estimate(now)
-        taken = plan.snapshot(agents, self._accepted, demand, sent, self._history.flip_at, self._settings.planner)
+        self._executor.carried = frozenset(set(judged) - set(self._accepted))
+        planner = self._settings.planner
+        taken = plan.snapshot(agents, self._accepted, demand, sent, self._history.flip_at, planner, self._executor.carried)
         decided = await asyncio.to_thread(plan.decide, taken, now)  # links are heard meanwhile
         due = [n for n in decided.nodes if self._executor.wanted(agents[n.agent_id], n, self._accepted)]
         if due:
@@ -194,7 +196,8 @@ class Reconciler:
             new = status.pool_status(obj, j, seen, before, self._history.last(key), self._history.total(key))
             current &= await self._writer.pool(key, obj, new)
         self._writer.forget(self._store.pools)
-        self._history.keep(self._store.pools)
+        self._history.keep(self._store.pools, agents)
+        self._executor.keep(agents, self._store.pools)
         self._figures.keep(self._store.pools)
         for gone in {pool for pool, _ in self._estimator.tiers} - set(self._store.pools):
             self._estimator.forget(gone)

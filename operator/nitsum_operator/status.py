@@ -189,7 +189,7 @@ def _in_force(obj: Mapping[str, Any], judged: Judgement, before: Mapping[str, An
     if judged.accepted is not None and judged.accepted.generation == obj["metadata"].get("generation", 0):
         text = json.dumps(obj["spec"], sort_keys=True, separators=(",", ":"))
         return AcceptedSpec(generation=judged.accepted.generation, spec=text) if len(text) <= SPEC_KEPT_MAX else None
-    return AcceptedSpec.model_validate(kept) if kept and judged.accepted is not None else None
+    return AcceptedSpec.model_validate(kept) if kept and (judged.accepted is not None or judged.status == "Unknown") else None
 
 
 def layout_text(layout: Layout, pool: str) -> str:

@@ -52,6 +52,13 @@ def test_lint(helm: str) -> None:
     subprocess.run([helm, "lint", "--strict", str(CHART)], check=True, capture_output=True, timeout=60)
 
 
+def test_two_node_groups_of_one_name_are_refused(helm: str) -> None:
+    group = '{"name":"a","gpusPerNode":1}'
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render(helm, "--set-json", f"agent.nodeGroups=[{group},{group}]")
+    assert "rename one of them" in refused.value.stderr
+
+
 @pytest.mark.parametrize("flag", ["gateway.replicas=0", "typo=1", "agent.stateVolume.hostPath.path=/x", "operator.healthPort=80"])
 def test_values_that_make_no_sense_are_refused(helm: str, flag: str) -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:

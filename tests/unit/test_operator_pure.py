@@ -25,7 +25,7 @@ from nitsum_api.types.v1 import types_pb2
 from nitsum_operator import settings
 from nitsum_operator.accept import Judgement, judge
 from nitsum_operator.drift import drifted
-from nitsum_operator.execute import digest, directive, named
+from nitsum_operator.execute import Executor, digest, directive, named
 from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
 from nitsum_operator.handlers import OUT_OF_SERVICE, Store
@@ -293,6 +293,22 @@ def test_a_node_that_joins_does_not_narrow_what_others_may_run() -> None:
     fleet.observe([link("n1", "n1", "g0", "g1", models=facts), link("n2", "n2", "g2")], store)
     taken = snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings())
     assert [n.node.legal_tp["tiny-llama"] for n in taken.nodes] == [(1, 2), (1, 2)]
+
+
+def test_a_pool_without_a_spec_in_force_runs_on() -> None:
+    """E.g. its profile is gone since the operator was started anew."""
+    running = types_pb2.Group(group_id="e", engine_id="e", pool=types_pb2.PoolRef(name="a/q"), model="m", tp_size=1, gpu_uuids=["g0"])
+    found = link("n1", "n1", "g0", "g1", groups=[agent_pb2.GroupReport(group=running, state=types_pb2.GROUP_STATE_OPEN)])
+    found.report.applied_operation_id = "of-an-earlier-leader.1"
+    fleet, executor = Fleet(), Executor(carried=frozenset({"a/q"}))
+    fleet.observe([found], Store())
+    accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings(), executor.carried), 0.0)
+    assert made.pools[0].verdict == "Blocked"
+    assert not executor.wanted(fleet.agents["n1"], made.nodes[0], accepted)
+    executor.carried = frozenset()  # deleted
+    made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings(), executor.carried), 0.0)
+    assert executor.wanted(fleet.agents["n1"], made.nodes[0], accepted)
 
 
 def test_a_refusal_counts_against_the_pool_that_it_names() -> None:
