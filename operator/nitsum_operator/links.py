@@ -93,13 +93,14 @@ class Link:
         while True:
             try:
                 stub = self.stub
-                described = await stub.Describe(pb.DescribeRequest(contract_version=CONTRACT_VERSION), timeout=CALL_S)
-                if described.contract_version != CONTRACT_VERSION:
-                    self.described = self.report = None  # what it says is not understood, so it is left alone
-                    text = f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
-                    raise Mismatch(text)
-                self.described, self.problem = described, ""
+                await self._describe(stub, pb)
+                complete = self.role == "gateway" or bool(self.described.gpus)
                 async for answer in stub.Watch(pb.WatchRequest(contract_version=CONTRACT_VERSION, interval_ms=INTERVAL_MS)):
+                    if self.role == "agent":
+                        # GPUs are the host's to tell: an agent that came up before it, or outlived it, knows of them only now.
+                        if answer.report.host_connected and not complete:
+                            await self._describe(stub, pb)
+                        complete = answer.report.host_connected
                     self.report, self.heard_at, self.problem, pause = answer.report, time.monotonic(), "", 0.2
                     if self.role == "gateway":
                         self.reports = [*self.reports[-63:], answer.report]
@@ -111,6 +112,14 @@ class Link:
                 self.problem = text
             await asyncio.sleep(pause)
             pause = min(pause * 2, BACKOFF_MAX_S)
+
+    async def _describe(self, stub: Any, pb: Any) -> None:
+        described = await stub.Describe(pb.DescribeRequest(contract_version=CONTRACT_VERSION), timeout=CALL_S)
+        if described.contract_version != CONTRACT_VERSION:
+            self.described = self.report = None  # what it says is not understood, so it is left alone
+            text = f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
+            raise Mismatch(text)
+        self.described, self.problem = described, ""
 
 
 class Links:
