@@ -101,6 +101,11 @@ def named(message: str, models: Mapping[str, str]) -> list[str]:
     return [n for n, m in models.items() if m in found or not found]
 
 
+def concerned(agent: Agent, node: NodePlan) -> set[str]:
+    """Pools that have a group on a node, or shall have one."""
+    return {g.pool for g in node.layout.groups} | {r.group.pool.name for r in agent.report.groups}
+
+
 @dataclass
 class Sent:
     """The last directive to one agent and what became of it. Times: monotonic seconds."""

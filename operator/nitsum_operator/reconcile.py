@@ -100,8 +100,10 @@ class Reconciler:
         due = [n for n in decided.nodes if self._executor.wanted(agents[n.agent_id], n, self._accepted)]
         if due:
             maybe_die(FaultPoint.OPERATOR_PLANNED)
-            if not await self._write(judged, taken, decided, now):
-                return  # a pool has changed under the plan: plan again with what it is now
+            outdated = await self._write(judged, taken, decided, now)
+            # Where a pool has changed under the plan, the next cycle plans again with what it is now.
+            due = [n for n in due if not outdated & execute.concerned(agents[n.agent_id], n)]
+        if due:
             maybe_die(FaultPoint.OPERATOR_INTENT_WRITTEN)
             self._reasons |= {p.pool: p.reasons[-1] for p in decided.pools if p.reasons}
             await self._executor.send(agents, due, self._accepted, self._leader.term)
@@ -181,24 +183,25 @@ class Reconciler:
         self._accepted = {k: j.accepted for k, j in judged.items() if j.accepted is not None}
         return judged
 
-    async def _write(self, judged: Mapping[str, accept.Judgement], taken: Any, decided: Any, now: float) -> bool:
-        """False where a pool has changed since it was judged."""
+    async def _write(self, judged: Mapping[str, accept.Judgement], taken: Any, decided: Any, now: float) -> set[str]:
+        """Pools that have changed since they were judged."""
         sent = self._executor.sent
         rejections = {i: s.rejected.message for i, s in sent.items() if s.rejected is not None}
         operations = {i: s.directive.operation_id for i, s in sent.items()}
         agents, strangers, gateways = self._fleet.agents, self._fleet.strangers, self._gateways()
         seen = status.Seen(taken, decided, agents, strangers, self._figures, rejections, operations, self._leader.term, now, gateways)
-        current = True
+        outdated = set()
         for key, j in judged.items():
             if (obj := self._store.pools.get(key)) is None:
                 continue
             before = self._writer.before(key, obj)
             new = status.pool_status(obj, j, seen, before, self._history.last(key), self._history.total(key))
-            current &= await self._writer.pool(key, obj, new)
+            if not await self._writer.pool(key, obj, new):
+                outdated.add(key)
         self._writer.forget(self._store.pools)
         self._history.keep(self._store.pools, agents)
         self._executor.keep(agents, self._store.pools)
         self._figures.keep(self._store.pools)
         for gone in {pool for pool, _ in self._estimator.tiers} - set(self._store.pools):
             self._estimator.forget(gone)
-        return current
+        return outdated

@@ -48,7 +48,7 @@ class Writer:
         return dict(obj.get("status") or {})
 
     async def pool(self, key: str, obj: Mapping[str, Any], status: PoolStatus) -> bool:
-        """False where the pool has changed since `obj`, or a newer leader wrote: what was planned with it is out of date."""
+        """False where the pool has changed since `obj`, is gone, or a newer leader wrote: what was planned with it is out of date."""
         old, new = self.before(key, obj), status.dump()
         if (old.get("term") or 0) > (status.term or 0):
             return False
@@ -70,7 +70,7 @@ class Writer:
             self._pools.pop(key, None)
             if e.status in REFUSED:
                 self._note(key, e)
-            return bool(e.status != 409)
+            return e.status in REFUSED
         older = {seen, version, *(written.older if written is not None else ())}
         self._pools[key] = _Written(new, found["metadata"]["resourceVersion"], frozenset(older))
         self._at[key] = time.monotonic()
