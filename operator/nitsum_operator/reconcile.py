@@ -49,6 +49,8 @@ class Reconciler:
         self._fleet, self._history, self._figures = Fleet(), History(), Figures()
         self._delivery, self._writer = Delivery(), Writer(self._custom)
         self._accepted: dict[str, accept.Accepted] = {}
+        self._pools: dict[str, dict[str, Any]] = {}
+        """As they were judged: status must not speak of a newer generation."""
         self._reasons: dict[str, str] = {}
         """By pool: why the plan wanted what was last sent."""
         self._tls: Path | None = None
@@ -175,6 +177,7 @@ class Reconciler:
 
     def _judge(self) -> dict[str, accept.Judgement]:
         pools, types = dict(self._store.pools), self._fleet.gpu_types
+        self._pools = pools
         for key, obj in pools.items():
             self._history.adopt(key, obj.get("status") or {})
             if key not in self._accepted and (before := remember.spec_in_force(obj, types, self._profiles)) is not None:
@@ -192,8 +195,10 @@ class Reconciler:
         seen = status.Seen(taken, decided, agents, strangers, self._figures, rejections, operations, self._leader.term, now, gateways)
         outdated = set()
         for key, j in judged.items():
-            if (obj := self._store.pools.get(key)) is None:
+            if key not in self._store.pools:
+                outdated.add(key)
                 continue
+            obj = self._pools[key]
             before = self._writer.before(key, obj)
             new = status.pool_status(obj, j, seen, before, self._history.last(key), self._history.total(key))
             if not await self._writer.pool(key, obj, new):
