@@ -84,8 +84,9 @@ def judge(
             check_facts(pool, facts.get(pool.model, []))
             if key_message := rejected.get((key, generation)):
                 raise InvalidSpec("spec.tensorParallel.allowed", key_message, Reason.ILLEGAL_TENSOR_PARALLEL)
-            waits = not pool.profile and not gpu_types and (last is None or last.generation != generation)
-            if waits:  # a profile goes by GPU type, which no agent has named yet
+            if not pool.profile and not gpu_types and last is not None and last.generation == generation:
+                result[key] = Judgement(last, "True", Reason.ACCEPTED, "The spec is in force.")
+            elif not pool.profile and not gpu_types:  # a profile goes by GPU type, which no agent has named yet
                 result[key] = Judgement(last, "Unknown", Reason.MODEL_FACTS_PENDING, "No agent has reported its GPUs yet; is one running?")
             else:
                 accepted = Accepted(pool, model, profile_for(pool, gpu_types, profiles), generation)

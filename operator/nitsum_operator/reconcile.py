@@ -126,6 +126,8 @@ class Reconciler:
             await self._links.update(role, links.endpoints(found.items, role), self._tls)
 
     async def _lead(self) -> bool:
+        if self._listed_at == 0:
+            await self._list()  # statuses tell the terms of those who led before, should the Lease be lost
         peers = max(self._links.highest_term, self._store.highest_term)
         seen = max(peers, self._executor.stale_term, self._delivery.stale_term)
         if self._leader.term == 0 or seen > self._leader.term or time.monotonic() - self._held_at > RENEW_S:

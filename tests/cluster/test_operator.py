@@ -46,6 +46,10 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
         self.directives: list[agent_pb2.NodeDirective] = []
         self.version = CONTRACT_VERSION
 
+    @property
+    def highest_term(self) -> int:
+        return max([7, *(d.term for d in self.directives)])
+
     async def Describe(self, request: Any, context: Any) -> agent_pb2.DescribeResponse:
         await require_role(context, "operator")
         gpus = [agent_pb2.Gpu(uuid=f"slot-{i}", index=i, type="slot") for i in range(2)]
@@ -55,7 +59,7 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
             node_name="op-node",
             node_address="127.0.0.1:1",
             gpus=gpus,
-            highest_term=7,
+            highest_term=self.highest_term,
         )
 
     async def Apply(self, request: agent_pb2.ApplyRequest, context: Any) -> agent_pb2.ApplyResponse:
@@ -66,7 +70,7 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
     async def Watch(self, request: Any, context: Any) -> Any:
         await require_role(context, "operator")
         while self.version == CONTRACT_VERSION:
-            report = agent_pb2.NodeReport(agent_id="op-node", highest_term=7, host_connected=True)
+            report = agent_pb2.NodeReport(agent_id="op-node", highest_term=self.highest_term, host_connected=True)
             report.observed_at.GetCurrentTime()
             if self.directives:
                 d = self.directives[-1]

@@ -321,6 +321,9 @@ def test_a_refusal_counts_against_the_pool_that_it_names() -> None:
 def test_before_any_agent_reports_nothing_is_said_of_the_spec() -> None:
     result = judge({"a/p": pool("p", "2026-01-01T00:00:00Z")}, {}, (), {}, {}, {})["a/p"]
     assert (result.status, result.reason, result.accepted) == ("Unknown", "ModelFactsPending", None)
+    before = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    again = judge({"a/p": pool("p", "2026-01-01T00:00:00Z")}, {}, (), {}, {}, before)["a/p"]  # type: ignore[arg-type]
+    assert (again.status, again.accepted) == ("True", before["a/p"]), "all agents are gone, the spec is what it was"
 
 
 def shown(*agents: Agent, before: dict[str, Any] | None = None, plan: PoolPlan | None = None, **other: Any) -> PoolStatus:
