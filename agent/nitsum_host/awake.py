@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 
 from nitsum_api.agent.v1 import agent_pb2
+from nitsum_host.leftovers import close_interval
 from nitsum_host.node import Node, Slot
 from nitsum_sglang.port import EngineEnded
 from nitsum_sglang.warmup import TIMEOUT_S, warm_up
@@ -97,3 +98,4 @@ class Awake:
         await engine.stop()
         if slot.engine is engine:
             slot.awake = False
+            close_interval(engine.spec.state_dir)

@@ -16,6 +16,7 @@ from nitsum_api.node.v1 import node_pb2_grpc
 from nitsum_api.security import server_credentials, server_options
 from nitsum_host.engines import Engines, Settings
 from nitsum_host.journal import Journal
+from nitsum_host.leftovers import end_all
 from nitsum_host.node import Node
 from nitsum_host.port import NodePort
 from nitsum_host.service import Host
@@ -48,6 +49,7 @@ async def serve(args: argparse.Namespace) -> None:
     for folder in (args.state_dir, args.memory_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutil.rmtree(args.memory_dir / "weights", ignore_errors=True)  # of a host that was killed; sockets that served it are gone too
+    await end_all(args.state_dir / "e")
     zygote = Zygote(args.state_dir / "z.sock", args.state_dir / "zygote.log")
     await zygote.start()
     journal = Journal(args.state_dir)

@@ -1,6 +1,7 @@
 """Flips, crashes and restarts of one host over fake engines. The world checks ledgers and who is awake at every turn of the event loop."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.types.v1 import types_pb2
 from nitsum_host.engines import folder_name
+from nitsum_host.leftovers import end_all
 from nitsum_host.testing.fake_engine import FakeEngine
 from nitsum_host.testing.world import World, world
 
@@ -144,6 +146,23 @@ async def test_b_crashes_while_waking_and_a_wakes_when_it_is_gone(w: World, ling
     await w.gateway.all_done()
     await w.until(lambda: w.slot("e2-0").state == Report.STATE_PARKED)
     assert (await w.carried_out(w.directive(2))).flip.outcome == Outcome.OUTCOME_DONE
+
+
+async def test_one_of_b_ends_when_it_had_woken(w: World) -> None:
+    """The flip hears of it only when its last process is gone: by then the others have woken, and groups open."""
+    streams(w)
+    await w.carried_out(w.directive(2))
+    first, second = w.engine("e1-0"), w.engine("e1-1")
+    first.lingers_s, second.wakes = 0.1, False
+    await w.apply(w.directive(1))
+    await w.until(lambda: w.slot("e1-0").state == Report.STATE_AWAKE)
+    first.crash()
+    await w.until(lambda: w.slot("e1-0").state == Report.STATE_FAILED)
+    second.wakes = True
+    await w.until(lambda: w.host.report().flip.outcome == Outcome.OUTCOME_DONE)
+    assert states(w) == {"g1-0": State.GROUP_STATE_FAILED, "g1-1": State.GROUP_STATE_OPEN}
+    await w.until(lambda: states(w)["g1-0"] == State.GROUP_STATE_OPEN)
+    await w.gateway.all_done()
 
 
 async def test_b_hangs_on_wake_is_killed_and_comes_back(w: World) -> None:
@@ -350,6 +369,19 @@ async def test_turns_name_who_has_the_gpus_and_let_others_pass(w: World) -> None
                 pass
     async with awake.turn("third", ["g0", "g1"], 0.1):
         pass
+
+
+async def test_an_engine_that_ends_awake_closes_its_interval_when_it_is_gone(tmp_path: Path) -> None:
+    wake = {"t": 1.0, "event": "wake", "engine": "e", "gpus": ["g0"], "rank": 0, "pid": 9}
+    path = tmp_path / "e" / "x" / "awake.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(wake) + "\n")
+    await end_all(tmp_path / "e")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["wake", "park"]
+    assert lines[1] == wake | {"event": "park", "ended": True, "t": lines[1]["t"]}
+    await end_all(tmp_path / "e")
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_long_engine_ids_do_not_share_a_folder() -> None:

@@ -16,9 +16,9 @@ class FakeEngine:
     def __init__(self, spec: EngineSpec, step_s: float = 0.002) -> None:
         self.spec, self.step_s = spec, step_s
         self.wakes = True
-        """False: `wake` never returns, and the engine is awake or not."""
+        """False: `wake` does not return, and the engine is awake or not."""
         self.parks = True
-        """False: `park` never returns."""
+        """False: `park` does not return."""
         self.starts = True
         """False: `start` ends the engine."""
         self.may_start = asyncio.Event()
@@ -67,8 +67,9 @@ class FakeEngine:
         if not self.awake:
             self.on_awake(True)
         self.awake = True
-        if not self.wakes:
-            await asyncio.Event().wait()
+        while not self.wakes:
+            await asyncio.sleep(self.step_s)
+            self._check()
         await asyncio.sleep(0)
         self._check()
 
@@ -76,8 +77,9 @@ class FakeEngine:
         self._check()
         for rid in list(self._live):
             self.abort(rid)
-        if not self.parks:
-            await asyncio.Event().wait()
+        while not self.parks:
+            await asyncio.sleep(self.step_s)
+            self._check()
         await asyncio.sleep(0)
         self._check()
         self._rest()

@@ -113,7 +113,7 @@ class World:
         self.arranged: dict[str, list[Callable[[FakeEngine], None]]] = {}
         self.holders: dict[str, str] = {}
         self.overlaps: list[str] = []
-        self.steps_s = 0.001
+        self.steps_s = 0.0005
         self.node = Node(1)
         settings = Settings(folder, folder / "memory", weight_store=False, make=self._make, backoff_s=(0.01, 0.01, 0.01, 0.01, 0.01, 5.0))
         self.engines = Engines(self.node, settings, lambda engine_id: self.host.engine_ended(engine_id))
@@ -202,6 +202,10 @@ class World:
             queued = {rid for rid, s in ours.items() if not s.on_engine and rid not in live.waiting}
             assert live.ledger.queued_total == len(queued), group_id
             assert live.waiting.keys() <= ours.keys(), group_id
+            slot = node.slots.get(live.group.engine_id)
+            if live.state == types_pb2.GROUP_STATE_OPEN:
+                assert slot is not None, group_id
+                assert (slot.awake, slot.ended, slot.state) == (True, False, agent_pb2.EngineReport.STATE_AWAKE), group_id
         assert all(s.group_id in node.groups for s in node.streams.values())
         assert sorted(node.by_request.values()) == sorted(node.streams)
         for gpu in GPUS:
