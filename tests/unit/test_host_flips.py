@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -278,9 +279,10 @@ async def test_drain_ends_streams_without_sending_them_back(w: World) -> None:
     await asyncio.sleep(0.01)
     await w.host.Drain(host_pb2.DrainRequest(grace_ms=20), None)  # type: ignore[arg-type]
     assert not w.node.streams
-    assert not w.gateway.refusals
     assert w.host.report().draining
     await w.until(lambda: not w.engine("e1-0")._live)
+    await asyncio.sleep(0.02)
+    assert not w.gateway.refusals
     answer = await w.apply(w.directive(2))
     assert answer.rejected.reason == agent_pb2.ApplyResponse.Rejected.REASON_DRAINING
 
@@ -390,3 +392,36 @@ def test_long_engine_ids_do_not_share_a_folder() -> None:
     assert folder_name("a." + tail) != folder_name("b." + tail)
     assert len(folder_name("a." + tail)) == 40
     assert "/" not in folder_name("../x")
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happens_it_heals_and_no_token_is_lost(w: World, seed: int) -> None:
+    chance = random.Random(seed)
+    for i in range(12):
+        if i < 6:
+            w.gateway.start(f"s{i}", chance.randrange(50, 150))
+        for engine_id in chance.sample(sorted(w.node.slots), chance.randrange(2)):
+            engine = w.engine(engine_id)
+            engine.lingers_s = chance.choice((0.0, 0.02))
+            trouble = chance.choice(("crash", "wake", "park", "start"))
+            if trouble == "crash":
+                engine.crash()
+            elif trouble == "start":
+                w.arrange(engine_id, no_start)
+            else:
+                setattr(engine, f"{trouble}s", False)
+        await w.apply(w.directive(chance.choice((1, 2)), mode=chance.choice((types_pb2.FLIP_MODE_ABORT, types_pb2.FLIP_MODE_LET_FINISH))))
+        await asyncio.sleep(chance.random() * 0.08)
+    for engine in [e for made in w.made.values() for e in made]:
+        engine.wakes = engine.parks = True
+    async with asyncio.timeout(20):
+        while (d := w.directive(2)).operation_id != w.host.applied:
+            if (await w.apply(d)).WhichOneof("answer") == "accepted":
+                assert w.host.running is not None
+                await w.host.running
+                assert "internal error" not in w.host.problem
+                if w.host.applied == d.operation_id:
+                    break
+            await asyncio.sleep(0.02)
+    await w.until(lambda: states(w) == {"g2-0": State.GROUP_STATE_OPEN})
+    await w.gateway.all_done()
