@@ -26,6 +26,8 @@ BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
 STEADY_S = 300.0
 """Up for this long: a later end is not the same trouble."""
 WAKE_S = 60.0
+END_S = 30.0
+"""From SIGKILL to the last process gone; past it the report calls it a problem."""
 END_AGAIN_S = 5.0
 FOLDER_MAX = 40
 """Characters of an engine's folder: it holds Unix sockets, whose names are short."""
@@ -68,6 +70,7 @@ class Engines:
             for i, s in self.node.slots.items()
             if s.failures >= RESTARTS_MAX and s.state not in (Report.STATE_PARKED, Report.STATE_AWAKE)
         ]
+        down += [f"engine {i}: {s.message}" for i, s in self.node.slots.items() if s.stuck]
         return "; ".join(down)[:2000]
 
     def stale(self, wires: Iterable[types_pb2.ResidentEngine], paths: dict[str, str]) -> frozenset[str]:
@@ -197,9 +200,15 @@ class Engines:
         """Nothing new is started on its GPUs while something of it may be left."""
         while True:
             try:
-                return await self.awake.end(slot)
-            except Exception:
-                log.exception("engine %s does not end", slot.wire.engine_id)
+                async with asyncio.timeout(END_S):
+                    await self.awake.end(slot)
+                slot.stuck = False
+                return
+            except Exception as e:
+                slot.stuck = True
+                slot.message = f"its processes do not end ({type(e).__name__}: {e}); its GPUs wait for them"[:500]
+                log.exception("engine %s: %s", slot.wire.engine_id, slot.message)
+                self.node.touch()
                 await asyncio.sleep(END_AGAIN_S)
 
     async def remove(self, engine_id: str) -> None:

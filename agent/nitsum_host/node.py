@@ -78,6 +78,8 @@ class Slot:
     ended: bool = False
     """The engine in this slot is over; another one may come."""
     leaving: bool = False
+    stuck: bool = False
+    """Its processes do not end."""
     failures: int = 0
     up_since: float = 0.0
     hurry: asyncio.Event = field(default_factory=asyncio.Event)

@@ -10,6 +10,7 @@ import pytest
 
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.types.v1 import types_pb2
+from nitsum_host import engines as engines_module
 from nitsum_host.engines import folder_name
 from nitsum_host.leftovers import end_all
 from nitsum_host.testing.fake_engine import FakeEngine
@@ -230,6 +231,27 @@ async def test_an_engine_that_does_not_stay_up_is_a_problem_until_it_does(w: Wor
     await w.until(lambda: w.slot("e2-0").state == Report.STATE_PARKED)
     assert not w.host.report().problem
     assert report.applied_operation_id == "op2"
+
+
+async def test_nothing_wakes_beside_an_engine_that_does_not_end(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams(w)
+    await asyncio.sleep(0.01)
+    monkeypatch.setattr(engines_module, "END_S", 0.05)
+    monkeypatch.setattr(engines_module, "END_AGAIN_S", 0.01)
+    b = w.engine("e2-0")
+    b.wakes, b.lingers_s = False, 60.0
+    await w.apply(w.directive(2))
+    await w.until(lambda: bool(w.host.report().problem))
+    problem = "engine e2-0: its processes do not end (TimeoutError: ); its GPUs wait for them"
+    assert w.host.report().problem == problem
+    assert w.holders == dict.fromkeys(("g0", "g1"), "e2-0#0")
+    assert w.host.report().flip.state == "Reverting"
+    b.lingers_s = 0.0
+    assert w.host.running is not None
+    await w.host.running
+    assert w.host.report().flip.outcome == Outcome.OUTCOME_REVERTED
+    assert "do not end" not in w.host.report().problem
+    await w.gateway.all_done()
 
 
 async def test_a_directive_while_a_flip_runs(w: World) -> None:
