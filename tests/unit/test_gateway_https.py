@@ -27,8 +27,9 @@ from nitsum_api.issue import issue, new_ca
 from nitsum_api.security import Identity
 from nitsum_api.types.v1 import types_pb2
 from nitsum_gateway import dispatcher, https, main
+from nitsum_gateway import fronts as fronts_module
 from nitsum_gateway.dispatcher import Dispatcher
-from nitsum_gateway.fronts import Front
+from nitsum_gateway.fronts import Front, Fronts
 
 CA = new_ca()
 
@@ -44,6 +45,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.left = 0
+        self.hung = asyncio.Event()
         self.bodies: list[Any] = []
 
     async def hang(self, request: Request) -> Response:
@@ -53,8 +55,13 @@ class Upstream:
         self.left += 1
         return Response()
 
+    async def models(self, request: Request) -> Response:
+        if self.hung.is_set():
+            await asyncio.sleep(60)
+        return Response("{}")
+
     def app(self) -> Starlette:
-        return Starlette(routes=[Route("/v1/completions", self.hang, methods=["POST"])])
+        return Starlette(routes=[Route("/v1/completions", self.hang, methods=["POST"]), Route("/v1/models", self.models)])
 
 
 @contextlib.asynccontextmanager
@@ -240,6 +247,48 @@ def test_a_renewed_certificate_is_served_without_a_restart(tmp_path: Path) -> No
     asyncio.run(run())
 
 
+class Ended:
+    """Stands for a front's process: notes that it was killed."""
+
+    def __init__(self) -> None:
+        self.killed = asyncio.Event()
+
+    async def kill(self) -> int:
+        self.killed.set()
+        return -9
+
+
+def test_a_front_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        for name, value in (("PING_S", 0.05), ("PING_TIMEOUT_S", 0.1)):
+            monkeypatch.setattr(fronts_module, name, value)
+        upstream, child = Upstream(), Ended()
+        async with serving(uvicorn.Config(upstream.app(), log_level="warning", lifespan="off")) as up:
+            hanging = front(up)
+            hanging.ready.clear()
+            watch = asyncio.create_task(Fronts(tmp_path, tmp_path, "gw", tmp_path / "s")._watch(hanging, child))  # type: ignore[arg-type]
+            async with asyncio.timeout(10):
+                await hanging.ready.wait()
+            await asyncio.sleep(0.5)
+            assert not child.killed.is_set()
+            upstream.hung.set()
+            async with asyncio.timeout(10):
+                await child.killed.wait()
+            await watch
+
+    asyncio.run(run())
+
+
+def test_another_model_under_the_same_name_gets_another_front() -> None:
+    route = front(1).route
+    other = gateway_pb2.PoolRoute.FromString(route.SerializeToString())
+    other.nodes[0].groups[0].epoch = 9
+    other.model.revision = "resolved later"
+    assert fronts_module._same(route, other)
+    other.model.source.path = "/elsewhere"
+    assert not fronts_module._same(route, other)
+
+
 def _arguments(tmp_path: Path, listen: int, control: int, tls: Path) -> Any:
     flags = ["--listen", f"127.0.0.1:{listen}", "--control-listen", f"127.0.0.1:{control}", "--tls-dir", str(tls)]
     return main.arguments([*flags, "--state-dir", str(tmp_path / "state")])
@@ -256,6 +305,7 @@ def test_what_cannot_serve_says_so_and_ends(tmp_path: Path, what: str, monkeypat
     if what == "a key that does not fit":
         (tls / "tls.key").write_bytes(issue(CA, Identity("gateway", "u"))["tls.key"])
     with socket.socket() as taken, socket.socket() as other:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as gRPC's servers do unless told otherwise
         for s in (taken, other):
             s.bind(("127.0.0.1", 0))
         taken.listen()
