@@ -38,6 +38,9 @@ SCHEMA_DEPTH_MAX = 64
 """5,000 levels fit into 115 kB and take 6 GB."""
 PARENS_MAX = 256
 """In one text, which may be a pattern: the engines' grammar compiler recurses into groups, and 100,000 end the engine (SIGSEGV)."""
+CHARS_PER_TOKEN = 64
+"""No text but white space has so many on average. SGLang's server tokenizes a megabyte in seconds, and no stream of its pool goes on."""
+CONTEXT_UNKNOWN = 131_072
 TEMPLATE_SWITCHES = frozenset(
     ["enable_thinking", "thinking", "thinking_mode", "thinking_budget", "reasoning_effort", "preserve_thinking", "clear_thinking"]
 )
@@ -58,6 +61,22 @@ def out_of_bounds(body: dict[str, Any]) -> Wrong | None:
     prompts, n = body.get("prompt"), body.get("n") or 1
     if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) and len(prompts) * n > CHOICES_MAX:
         return Wrong("prompt", f"prompt: {len(prompts)} prompts with n {n} are more than {CHOICES_MAX} choices")
+    return None
+
+
+def too_long(body: dict[str, Any], context_length: int) -> Wrong | None:
+    """A text that cannot fit into the context, told from its size alone: tokenizing it to find out would stall everybody."""
+    most = (context_length or CONTEXT_UNKNOWN) * CHARS_PER_TOKEN
+    prompt = body.get("prompt")
+    texts = prompt if isinstance(prompt, list) and not all(isinstance(t, int) for t in prompt) else [prompt]
+    sizes = {"prompt": max((len(t) for t in texts if isinstance(t, str | list)), default=0)}
+    for name in ("messages", "tools"):
+        if isinstance(value := body.get(name), list):
+            sizes[name] = len(json.dumps(value, ensure_ascii=False)) - 64 * len(value)
+    for name, size in sizes.items():
+        if size > most:
+            message = f"{name}: {size} characters cannot fit into this model's context length of {context_length} tokens"
+            return Wrong(name, message, "context_length_exceeded")
     return None
 
 

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nitsum_gateway import allowed, metrics
+from nitsum_gateway.bounds import too_long
 from nitsum_gateway.fronts import Front, Fronts
 
 TIER_KEY = "nitsum_tier"  # the router reads it; clients cannot set it
@@ -92,6 +93,8 @@ class Dispatcher:
             return error(503, "this gateway has no routes yet", "not_ready", kind="service_unavailable")
         if front is None:
             return error(404, f"no pool serves model {body['model']!r}", "model_not_found", "model")
+        if (wrong := too_long(body, front.context_length)) is not None:
+            return error(400, wrong.message, wrong.code, wrong.param)
         if isinstance(tier := self._tier(front, request, body), Response):
             return tier
         if path.startswith("/v1/"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_gateway import allowed
+from nitsum_gateway import allowed, bounds
 
 PRIVATE = [
     "rid", "custom_params", "priority", "input_ids", "bootstrap_host", "bootstrap_room", "session_params", "session_id", "lora_path",
@@ -123,3 +123,25 @@ def test_ordinary_requests_pass() -> None:
     assert allowed.problem("/v1/chat/completions", common | chat) is None
     assert allowed.problem("/v1/completions", common | {"prompt": ["x", "y"], "logprobs": 5, "json_schema": json.dumps(schema)}) is None
     assert allowed.problem("/v1/completions", common | {"prompt": [1, 2], "max_tokens": None, "regex": "(a|b)+", "echo": True}) is None
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"prompt": "a" * 64_001},
+        {"prompt": ["a", "b" * 64_001]},
+        {"messages": [{"role": "user", "content": "a" * 70_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 40_000}] * 2}]},
+        {"messages": [], "tools": [{"type": "function", "function": {"name": "f", "description": "a" * 70_000}}]},
+    ],
+    ids=lambda f: str(f)[:30],
+)
+def test_a_text_that_cannot_fit_is_refused_before_anybody_tokenizes_it(field: dict[str, Any]) -> None:
+    assert (bounds.too_long(field, 1000) or ("", "", ""))[2] == "context_length_exceeded"
+    assert bounds.too_long(field, 10_000) is None
+
+
+@given(st.dictionaries(st.sampled_from(["prompt", "messages", "tools"]), JSON, max_size=3))
+def test_any_types_may_come(body: dict[str, Any]) -> None:
+    """The front says which are wrong."""
+    bounds.too_long(body, 1000)
