@@ -222,6 +222,33 @@ def test_a_gateway_without_routes_is_not_ready_and_does_not_deny_a_model(tmp_pat
     asyncio.run(run())
 
 
+def test_what_is_not_served_is_told_in_openais_shape(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with gateway(tmp_path, fronts(m=front(1))) as (port, _), client_of(tmp_path, port) as client:
+            for path in (
+                "/v1/embeddings",
+                "/v1/responses",
+                "/v1/messages",
+                "/generate",
+                "/v1/../flush_cache",
+                "//flush_cache",
+                "/docs",
+                "/%00",
+            ):
+                r = await client.post(path, json={})
+                assert (r.status_code, r.json()["error"]["code"]) == (404, "not_found"), path
+            for method, path in (("GET", "/v1/completions"), ("PUT", "/v1/models"), ("OPTIONS", "/v1/models"), ("TRACE", "/healthz")):
+                r = await client.request(method, path)
+                assert (r.status_code, r.json()["error"]["code"]) == (405, "method_not_allowed"), (method, path)
+            assert (await client.head("/v1/models")).status_code == 200
+            for body in (b"", b"\xff\xfe", b"{" * 100_000, b'{"model": NaN}', b'{"model": "m", "user": "\\ud800"}', b"[]", b'"m"', b"null"):
+                r = await client.post("/v1/chat/completions", content=body, headers={"content-type": "text/plain"})
+                assert r.status_code == 400, body[:50]
+                assert set(r.json()["error"]) == {"message", "type", "param", "code"}
+
+    asyncio.run(run())
+
+
 def test_a_renewed_certificate_is_served_without_a_restart(tmp_path: Path) -> None:
     async def serial(port: int) -> int:
         _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trust(tmp_path), server_hostname="localhost")
