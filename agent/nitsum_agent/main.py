@@ -13,6 +13,8 @@ from nitsum_api.agent.v1 import agent_pb2_grpc
 from nitsum_api.security import server_credentials, server_options
 
 STOP_GRACE_S = 3.0
+CALLS_MAX = 64
+"""At once; a leader holds three. More are refused, so that streams that nobody closes cannot pile up."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,7 +32,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 async def serve(args: argparse.Namespace) -> None:
     agent = Agent(args.agent_id, args.node_name, args.node_group, args.node_address, args.host_socket, args.state_dir)
-    server = grpc.aio.server(options=server_options())
+    server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=CALLS_MAX)
     agent_pb2_grpc.add_AgentServiceServicer_to_server(agent, server)
     server.add_secure_port(args.listen, server_credentials(args.tls_dir))
     stop = asyncio.Event()
