@@ -92,7 +92,8 @@ def secure_channel(address: str, server_role: str, folder: Path) -> grpc.aio.Cha
 
 
 def server_options() -> list[tuple[str, int]]:
-    return list(_OPTIONS)
+    """A port that another process listens on is an error, never shared with it."""
+    return [*_OPTIONS, ("grpc.so_reuseport", 0)]
 
 
 def peer_identity(context: grpc.aio.ServicerContext[Any, Any]) -> Identity | None:

@@ -532,6 +532,15 @@ async def test_as_a_process_it_bounds_its_callers_and_ends_when_told(certs: Path
             for s in streams:
                 s.cancel()
             await asyncio.gather(*ends)
+        again = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
+        _, said = await asyncio.wait_for(again.communicate(), 10)
+        assert again.returncode == 1
+        assert b"another agent uses --state-dir" in said
+        elsewhere = [*command, f"--state-dir={certs / 'other'}"]
+        again = await asyncio.create_subprocess_exec(*elsewhere, stderr=subprocess.PIPE)
+        _, said = await asyncio.wait_for(again.communicate(), 10)
+        assert again.returncode == 1
+        assert b"Failed to bind" in said
         process.send_signal(signal.SIGTERM)
         _, said = await asyncio.wait_for(process.communicate(), 10)
         assert process.returncode == 0
