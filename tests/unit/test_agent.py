@@ -399,7 +399,7 @@ async def test_two_leaders_at_once_end_with_the_higher_term(certs: Path) -> None
     host, server = await start_host(certs / "h.sock", "one")
     async with Running(certs) as r:
         await eventually(lambda: r.host.report is not None)
-        orders = [directive(f"op-{term}-{n}", n + 1, term) for n in range(4) for term in (5, 6)]
+        orders = [directive(f"op-{term}-{n}", 10 * term + n, term) for n in range(4) for term in (5, 6)]
         answers = await asyncio.gather(*(r.apply(d) for d in orders))
         taken = [d for d, a in zip(orders, answers, strict=True) if a.WhichOneof("answer") == "accepted"]
         assert r.agent.journal.memory.highest_term == 6
