@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.types.v1 import types_pb2
 
 Reason = agent_pb2.ApplyResponse.Rejected.Reason
 NUMBER_MAX = (1 << 62) - 1
@@ -49,6 +50,13 @@ def rejected(reason: "Reason.ValueType", message: str, highest_term: int = 0) ->
     return agent_pb2.ApplyResponse(rejected=agent_pb2.ApplyResponse.Rejected(reason=reason, message=message, highest_term=highest_term))
 
 
+def unknown_values(d: agent_pb2.NodeDirective) -> str:
+    """The first enum value of a later release: half understood is worse than refused."""
+    if d.mode not in types_pb2.FlipMode.values():
+        return f"mode {d.mode}"
+    return next((f"layout: role {g.role} of group {g.group_id}" for g in d.layout if g.role not in types_pb2.Role.values()), "")
+
+
 def late(directive: agent_pb2.NodeDirective, now_s: float) -> bool:
     return directive.HasField("deadline") and directive.deadline.ToNanoseconds() / 1e9 < now_s
 
@@ -77,6 +85,10 @@ def judge(
         return rejected(Reason.REASON_INVALID, "operation_id, term and generation must be set", memory.highest_term)
     if max(d.term, d.generation) > NUMBER_MAX:
         return rejected(Reason.REASON_INVALID, f"term and generation must be at most {NUMBER_MAX}", memory.highest_term)
+    if strange := unknown_values(d):
+        return rejected(
+            Reason.REASON_INVALID, f"{strange} is not known to this agent: bring agent and operator to one release", memory.highest_term
+        )
     if (before := memory.answers.get(d.operation_id)) is not None:
         if before.WhichOneof("answer") != "rejected":
             return agent_pb2.ApplyResponse(already_done=agent_pb2.ApplyResponse.AlreadyDone())
