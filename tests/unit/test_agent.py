@@ -27,7 +27,7 @@ from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
 from nitsum_api.host.v1 import host_pb2, host_pb2_grpc
 from nitsum_api.issue import issue, new_ca
-from nitsum_api.security import Identity, secure_channel, server_credentials
+from nitsum_api.security import MAX_MESSAGE_BYTES, Identity, secure_channel, server_credentials, server_options
 from nitsum_api.types.v1 import types_pb2
 
 ACCEPTED = agent_pb2.ApplyResponse(accepted=agent_pb2.ApplyResponse.Accepted())
@@ -238,7 +238,7 @@ class Running:
 
     async def __aenter__(self) -> "Running":
         self.agent = Agent("a0", "n0", "g", "127.0.0.1:1", str(self.certs / "h.sock"), self.certs / "state")
-        self.server = grpc.aio.server()
+        self.server = grpc.aio.server(options=server_options())
         agent_pb2_grpc.add_AgentServiceServicer_to_server(self.agent, self.server)
         self.port = self.server.add_secure_port("127.0.0.1:0", server_credentials(self.certs / "agent"))
         await self.server.start()
@@ -430,6 +430,18 @@ async def test_a_caller_that_gives_up_leaves_no_answer_unwritten(certs: Path) ->
         assert (await r.apply(directive())).WhichOneof("answer") == "already_done"
         assert host.applied == ["op1"]
     await server.stop(0)
+
+
+async def test_a_message_past_the_limit_is_refused_and_the_next_one_heard(certs: Path) -> None:
+    files = [(certs / "operator" / n).read_bytes() for n in ("ca.crt", "tls.key", "tls.crt")]
+    options = [("grpc.max_send_message_length", -1), ("grpc.ssl_target_name_override", "agent.nitsum.internal")]
+    async with Running(certs) as r:
+        async with grpc.aio.secure_channel(f"127.0.0.1:{r.port}", grpc.ssl_channel_credentials(*files), options) as channel:
+            huge = agent_pb2.ApplyRequest(contract_version="x" * (MAX_MESSAGE_BYTES + 1))
+            with pytest.raises(grpc.aio.AioRpcError) as e:
+                await agent_pb2_grpc.AgentServiceStub(channel).Apply(huge, timeout=10)
+        assert e.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await r.apply(directive())).rejected.reason == Reason.REASON_HOST_UNAVAILABLE
 
 
 async def test_waiting_directives_are_bounded(certs: Path) -> None:

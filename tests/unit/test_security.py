@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -208,3 +209,13 @@ def test_no_certificate_proves_a_second_role(name: str) -> None:
 def test_a_leaf_is_valid_now_and_not_for_long() -> None:
     now = datetime.now(UTC)
     assert timedelta() < expires_at(issue(new_ca(), Identity("agent", "a"))["tls.crt"]) - now < timedelta(days=31)
+
+
+def test_no_code_and_no_flag_reaches_plaintext_on_a_network() -> None:
+    root = Path(__file__).parents[2]
+    sources = [f for room in ("agent", "cli", "engine", "gateway", "local", "operator", "proto") for f in (root / room).rglob("*.py")]
+    lines = [(f, line) for f in sources if "_pb2" not in f.name for line in f.read_text().splitlines()]
+    insecure = [(f, line) for f, line in lines if "insecure_" in line and "(" in line]
+    assert len(insecure) >= 4, "the search itself finds something"
+    assert [(f, line) for f, line in insecure if "unix:" not in line] == []
+    assert [(f, line) for f, line in lines if re.search(r"--(insecure|plain|no-?tls|skip-?verify)|verify=False|CERT_NONE", line)] == []
