@@ -21,6 +21,7 @@ from nitsum_api.security import require_role
 
 Context = grpc.aio.ServicerContext[Any, Any]
 WAITING_MAX = 8
+DRAIN_MS_MAX = 3_600_000
 INTERVAL_MS_MIN, INTERVAL_MS_MAX = 100, 60_000
 
 
@@ -156,7 +157,11 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         if request.term < self.journal.memory.highest_term:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"term {request.term} is over")
         self._hear(request.contract_version, request.term)
-        await self.host.stub.Drain(host_pb2.DrainRequest(grace_ms=request.grace_ms), timeout=request.grace_ms / 1e3 + 10)
+        grace_ms = min(request.grace_ms, DRAIN_MS_MAX)
+        try:
+            await self.host.stub.Drain(host_pb2.DrainRequest(grace_ms=grace_ms), timeout=grace_ms / 1e3 + 10)
+        except grpc.aio.AioRpcError as e:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the engine host did not drain: {e.code().name} {e.details()}")
         return agent_pb2.DrainResponse()
 
 

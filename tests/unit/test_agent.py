@@ -393,7 +393,7 @@ async def test_a_term_counts_from_when_it_is_heard_whatever_the_answer(certs: Pa
             await server.stop(0)
             await eventually(lambda: r.host.report is None)
         if how == "drain":
-            with pytest.raises(grpc.aio.AioRpcError):  # this host has no Drain
+            with pytest.raises(grpc.aio.AioRpcError, match="the engine host did not drain: UNIMPLEMENTED"):
                 await r.stub.Drain(agent_pb2.DrainRequest(contract_version=CONTRACT_VERSION, term=9), timeout=5)
         else:
             await r.apply(heard)
