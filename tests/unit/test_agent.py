@@ -40,7 +40,7 @@ class FakeHost(host_pb2_grpc.HostServiceServicer):
         self.incarnation, self.applied = incarnation, list[str]()
         self.answer = ACCEPTED
         self.known = ""
-        self.contract = CONTRACT_VERSION
+        self.contract, self.problem = CONTRACT_VERSION, ""
         self.gpus = ["g0"]
         self.speaks, self.answers = asyncio.Event(), asyncio.Event()
         """Cleared: it hangs, in Watch or in Apply."""
@@ -65,7 +65,8 @@ class FakeHost(host_pb2_grpc.HostServiceServicer):
         while True:
             await self.speaks.wait()
             done = self.applied[-1] if self.applied else ""
-            yield host_pb2.WatchResponse(incarnation=self.incarnation, report=agent_pb2.NodeReport(applied_operation_id=done, epoch=7))
+            report = agent_pb2.NodeReport(applied_operation_id=done, epoch=7, problem=self.problem)
+            yield host_pb2.WatchResponse(incarnation=self.incarnation, report=report)
             await asyncio.sleep(0.05)
 
 
@@ -494,6 +495,23 @@ async def test_a_host_of_another_contract_is_named_and_left_alone(certs: Path) -
         await eventually(lambda: "speaks contract v0" in r.agent._report().problem)
         assert (await r.apply(directive())).rejected.reason == Reason.REASON_HOST_UNAVAILABLE
         assert host.applied == []
+    await server.stop(0)
+
+
+async def test_for_a_watcher_that_does_not_read_nothing_piles_up(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, server = await start_host(certs / "h.sock", "one")
+    host.problem = "x" * (4 << 20)
+    async with Running(certs) as r:
+        await eventually(lambda: r.host.report is not None)
+        made, report = list[float](), r.agent._report
+        monkeypatch.setattr(r.agent, "_report", lambda: made.append(time.monotonic()) or report())
+        stream = r.stub.Watch(agent_pb2.WatchRequest(contract_version=CONTRACT_VERSION, interval_ms=100))
+        await stream.read()
+        await asyncio.sleep(0.6)  # the connection's windows fill
+        before, filled = r.host.version, len(made)
+        await eventually(lambda: r.host.version > before + 15)
+        assert len(made) <= filled + 1, "the host said more than 15 times what it does since"
+        stream.cancel()
     await server.stop(0)
 
 
