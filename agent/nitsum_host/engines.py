@@ -39,6 +39,8 @@ class Settings:
     seed_exact: bool = False
     weight_store: bool = True
     device: str = "cpu"
+    dtype: str = ""
+    """Of weights and KV; empty: as each checkpoint says."""
     make: Callable[[EngineSpec], Engine] = field(kw_only=True)
 
 
@@ -65,6 +67,7 @@ class Engines:
             str(self.settings.state_dir / "e" / wire.engine_id[-40:]),
             device=self.settings.device,
             max_total_tokens=self.settings.max_total_tokens,
+            dtype=self.settings.dtype,
             weight_socket=await self._store(model_path),
             kv_dir=self._kv_dir(model_path),
             seed_exact=self.settings.seed_exact,
@@ -160,7 +163,7 @@ class Engines:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         socket = str(self.settings.state_dir / f"w{len(self.stores)}.sock")
         flags = ["--model", model_path, "--socket", socket, "--memory-dir", str(folder), "--die-with-parent"]
-        flags += ["--dtype", "float32"] if self.settings.device == "cpu" else []
+        flags += ["--dtype", self.settings.dtype]
         with (self.settings.state_dir / "weights.log").open("ab") as out:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "nitsum_sglang.weights.store", *flags, stdout=asyncio.subprocess.PIPE, stderr=out
