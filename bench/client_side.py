@@ -108,11 +108,11 @@ async def measure(model: Path, folder: Path, rounds: int) -> dict[str, Any]:
 
 def _weights(node: Node, model: Path, processes: list[dict[str, Any]]) -> dict[str, Any]:
     """All resident layouts together, against one copy of the checkpoint."""
-    (store_file,) = node.memory_dir.glob("weights/*.weights")
+    (store_file,), (socket_path,) = node.memory_dir.glob("weights/*.weights"), node.folder.glob("h/w*.sock")
     engines = {}
     for tp in (1, 2):
         pids = [p["pid"] for p in processes if f"/e/e{tp}" in _cwd(p["pid"])]
-        engines[f"TP{tp}"] = memory.weights(pids, node.folder / "h/w0.sock", tp)
+        engines[f"TP{tp}"] = memory.weights(pids, socket_path, tp)
     one = read_facts(str(model), MODEL).weight_bytes
     held = store_file.stat().st_blocks * 512 + sum(e["private"] for e in engines.values())
     return {
