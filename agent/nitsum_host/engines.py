@@ -45,6 +45,8 @@ class Settings:
     seed_exact: bool = False
     weight_store: bool = True
     device: str = "cpu"
+    dtype: str = ""
+    """Of weights and KV; empty: as each checkpoint says."""
     make: Callable[[EngineSpec], Engine] = field(kw_only=True)
     prepare: Callable[[], Awaitable[None]] = field(default=_nothing, kw_only=True)
     """Awaited before each start of an engine, e.g. to start the zygote again. Raises EngineEnded."""
@@ -57,7 +59,7 @@ class Engines:
     def __init__(self, node: Node, settings: Settings, on_ended: Callable[[str], None]) -> None:
         self.node, self.settings, self.on_ended = node, settings, on_ended
         self.awake = Awake(node)
-        self.stores = Stores(settings.state_dir, settings.memory_dir, settings.device)
+        self.stores = Stores(settings.state_dir, settings.memory_dir, settings.dtype)
         self.tasks: set[asyncio.Task[None]] = set()
         self.revisions: dict[str, str] = {}
         self.stopping = False
@@ -108,6 +110,7 @@ class Engines:
             str(settings.state_dir / "e" / folder_name(wire.engine_id)),
             device=settings.device,
             max_total_tokens=settings.max_total_tokens,
+            dtype=settings.dtype,
             weight_socket=await self.stores.socket(model_path) if settings.weight_store else "",
             kv_dir=self._kv_dir(),
             seed_exact=settings.seed_exact,

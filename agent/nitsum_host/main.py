@@ -40,6 +40,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--node-name", default=os.uname().nodename)
     p.add_argument("--node-address", default="", metavar="HOST:PORT", help="the node data port as gateways reach it; default: --listen")
     p.add_argument("--max-total-tokens", type=int, default=8192, help="KV tokens of each engine")
+    p.add_argument(
+        "--dtype",
+        default="",
+        choices=["", "float32", "bfloat16", "float16"],
+        help="of weights and KV; default: as each checkpoint says. In float32 a moved stream is, token for token, one that stayed",
+    )
     p.add_argument("--seed-exact", action="store_true", help="seeded sampling that does not depend on the batch (slower)")
     p.add_argument("--no-weight-store", action="store_true", help="every engine loads the checkpoint itself")
     return p.parse_args(argv)
@@ -70,7 +76,14 @@ async def serve(args: argparse.Namespace) -> None:
                     raise EngineEnded(f"the zygote does not start: {e}") from e
 
     settings = Settings(
-        args.state_dir, args.memory_dir, args.max_total_tokens, args.seed_exact, not args.no_weight_store, make=make, prepare=prepare
+        args.state_dir,
+        args.memory_dir,
+        args.max_total_tokens,
+        args.seed_exact,
+        not args.no_weight_store,
+        dtype=args.dtype,
+        make=make,
+        prepare=prepare,
     )
     engines = Engines(node, settings, lambda engine_id: host.engine_ended(engine_id))
     gpus = [agent_pb2.Gpu(uuid=f"{args.node_name}-slot-{i}", index=i, type="slot") for i in range(args.slots)]

@@ -75,7 +75,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
         try:
             from nitsum_sglang.checkpoint import read_facts, revision
 
-            read = read_facts(pool.model.source.path, pool.model.name)
+            read = read_facts(pool.model.source.path, pool.model.name, self.engines.settings.dtype)
             facts.revision = revision(pool.model.source.path)
         except Exception as e:  # whatever is wrong with a user's checkpoint belongs into the report
             facts.problem = str(e)

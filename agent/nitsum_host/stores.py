@@ -22,8 +22,8 @@ class Store:
 
 
 class Stores:
-    def __init__(self, state_dir: Path, memory_dir: Path, device: str) -> None:
-        self.state_dir, self.folder, self.device = state_dir, memory_dir / "weights", device
+    def __init__(self, state_dir: Path, memory_dir: Path, dtype: str = "") -> None:
+        self.state_dir, self.folder, self.dtype = state_dir, memory_dir / "weights", dtype
         self.stores: dict[str, Store] = {}
         self._turn = asyncio.Lock()
         self._started = 0
@@ -43,7 +43,7 @@ class Stores:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         socket, self._started = str(self.state_dir / f"w{self._started}.sock"), self._started + 1
         flags = ["--model", model_path, "--socket", socket, "--memory-dir", str(self.folder), "--die-with-parent"]
-        flags += ["--dtype", "float32"] if self.device == "cpu" else []
+        flags += ["--dtype", self.dtype]
         with (self.state_dir / "weights.log").open("ab") as out:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "nitsum_sglang.weights.store", *flags, stdout=asyncio.subprocess.PIPE, stderr=out

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from nitsum.model import ModelFacts
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STORED_AS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 HEADER_BYTES_MAX = 100 << 20
 
 
@@ -43,8 +45,37 @@ def _headers(path: str) -> list[tuple[str, bytes, int]]:
     return found
 
 
-def read_facts(path: str, name: str) -> ModelFacts:
-    """Raises UnsupportedModel: unknown architecture, quantised weights, missing files or fields."""
+def served_dtype(path: str, wanted: str = "") -> str:
+    """What engines of this checkpoint run in: `wanted`, else what config.json says, else what most of its weights are.
+
+    The store, the engines and the facts all ask here. Left to itself SGLang would serve float32 in float16, and what names no dtype too.
+    """
+    c = config(path)
+    named = wanted or str(c.get("dtype") or c.get("torch_dtype") or _stored_dtype(path)).removeprefix("torch.")
+    if named not in DTYPE_BYTES:
+        raise UnsupportedModel(f"dtype {named}; supported are {', '.join(DTYPE_BYTES)}")
+    return named
+
+
+def _stored_dtype(path: str) -> str:
+    sizes: dict[str, int] = {}
+    for tensor in _tensors(path):
+        sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + math.prod(tensor["shape"])
+    most = max(sizes, key=lambda d: sizes[d], default="")
+    return STORED_AS.get(most, most)
+
+
+def _tensors(path: str) -> Iterator[dict[str, Any]]:
+    """What the headers say of each tensor: dtype, shape, data_offsets."""
+    for _, header, _ in _headers(path):
+        yield from (tensor for name, tensor in json.loads(header).items() if name != "__metadata__")
+
+
+def read_facts(path: str, name: str, dtype: str = "") -> ModelFacts:
+    """`dtype`: what engines run in, where that is not the checkpoint's.
+
+    Raises UnsupportedModel: unknown architecture or dtype, quantised weights, missing files or fields.
+    """
     c = config(path)
     architecture = (c.get("architectures") or ["?"])[0]
     if architecture not in ARCHITECTURES:
@@ -53,7 +84,7 @@ def read_facts(path: str, name: str) -> ModelFacts:
         raise UnsupportedModel("quantised weights cannot be shared between TP layouts; use an unquantised checkpoint")
     try:
         heads, hidden = int(c["num_attention_heads"]), int(c["hidden_size"])
-        weights = sum(size - len(header) - 8 for _, header, size in _headers(path))
+        item_bytes = DTYPE_BYTES[served_dtype(path, dtype)]
         return ModelFacts(
             name=name,
             num_layers=int(c["num_hidden_layers"]),
@@ -63,10 +94,10 @@ def read_facts(path: str, name: str) -> ModelFacts:
             hidden_size=hidden,
             intermediate_size=int(c["intermediate_size"]),
             vocab_size=int(c["vocab_size"]),
-            dtype_bytes=DTYPE_BYTES.get(str(c.get("dtype") or c.get("torch_dtype") or "bfloat16"), 2),
+            dtype_bytes=item_bytes,
             tied_embeddings=bool(c.get("tie_word_embeddings", False)),
             context_length=int(c["max_position_embeddings"]),
-            weight_bytes=weights,
+            weight_bytes=sum(math.prod(t["shape"]) for t in _tensors(path)) * item_bytes,
         )
     except KeyError as e:
         raise UnsupportedModel(f"config.json lacks {e}") from e

@@ -17,23 +17,22 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from nitsum_sglang import plugins, remains, seam
+from nitsum_sglang import checkpoint, plugins, remains, seam
 from nitsum_sglang.zygote import die_with_parent
 
 RANK_STOP_S = 5.0
 
 
 def server_arguments(spec: dict[str, Any]) -> list[str]:
-    """SGLang's command line for an engine. Raises ValueError where the checkpoint's config lacks what is needed."""
-    config = json.loads(Path(spec["model_path"], "config.json").read_text())
+    """SGLang's command line for an engine. Raises ValueError or UnsupportedModel where the checkpoint lacks what is needed."""
+    config = checkpoint.config(spec["model_path"])
     tp = int(spec["tp_size"])
     args = ["--model-path", spec["model_path"], "--device", spec["device"], "--tp-size", str(tp), "--host", "127.0.0.1"]
     args += ["--disable-overlap-schedule", "--sleep-on-idle", "--skip-server-warmup", "--page-size", "16", "--log-level", "info"]
     args += ["--max-total-tokens", str(spec["max_total_tokens"]), "--mem-fraction-static", "0.2" if spec["device"] == "cpu" else "0.8"]
     if spec["device"] == "cpu":
-        args += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--dtype", "float32"]
-    else:
-        args += ["--dtype", str(config.get("dtype") or config.get("torch_dtype") or "auto")]
+        args += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+    args += ["--dtype", checkpoint.served_dtype(spec["model_path"], spec["dtype"])]
     for flag, value in (
         ("--context-length", spec["context_length"]),
         ("--tool-call-parser", spec["tool_call_parser"]),
@@ -44,6 +43,8 @@ def server_arguments(spec: dict[str, Any]) -> list[str]:
     if spec["weight_socket"]:
         args += ["--weight-cache-mode", "client", "--weight-cache-socket", spec["weight_socket"]]
     if spec["kv_dir"]:
+        if not spec["revision"]:
+            raise ValueError("revision: empty; without it two checkpoints would share KV")
         heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
         if not heads:
             raise ValueError(f"{spec['model_path']}/config.json has neither num_key_value_heads nor num_attention_heads")

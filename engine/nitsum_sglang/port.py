@@ -23,6 +23,9 @@ class EngineSpec:
     """A folder of the engine's own, mode 0700: sockets, log (`engine.log`), wake and park times (`awake.jsonl`)."""
     device: str = "cpu"
     max_total_tokens: int = 8192
+    dtype: str = ""
+    """float32, bfloat16 or float16; empty: as the checkpoint says. A stream that moves between TP degrees is equal to the last token to
+    one that did not only in float32: sums of the others depend on how they are split."""
     context_length: int = 0
     """0: as the checkpoint's config says."""
     weight_socket: str = ""

@@ -42,8 +42,10 @@ async def start_engine(zygote: Zygote, model_path: str) -> AsyncIterator[StartEn
 
         async def start(tp: int, **fields: object) -> SchedulerEngine:
             name = f"e{len(engines)}"
-            spec = EngineSpec(name, model_path, "r0", tp, tuple(f"gpu{i}" for i in range(tp)), str(Path(folder, name)), **fields)  # type: ignore[arg-type]
-            engines.append(SchedulerEngine(spec, zygote))
+            settings = {"revision": "r0", "tp_size": tp, "gpu_uuids": tuple(f"gpu{i}" for i in range(tp))} | fields
+            limit = {k: settings.pop(k) for k in ("kv_max_bytes",) if k in settings}
+            spec = EngineSpec(name, model_path, state_dir=str(Path(folder, name)), **settings)  # type: ignore[arg-type]
+            engines.append(SchedulerEngine(spec, zygote, **limit))  # type: ignore[arg-type]
             await engines[-1].start()
             return engines[-1]
 

@@ -8,13 +8,16 @@ import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 import pytest_asyncio
 
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import remains
-from nitsum_sglang.port import EngineEnded, EngineRequest
+from nitsum_sglang.engine import SchedulerEngine
+from nitsum_sglang.port import EngineEnded, EngineRequest, EngineSpec
 from nitsum_sglang.warmup import warm_up
+from nitsum_sglang.zygote_client import Zygote
 
 from .conftest import StartEngine, collect, submit, tokens
 
@@ -77,6 +80,24 @@ async def test_tokens_counts_and_finish(awake) -> None:
     assert all(len(d.output_logprobs.values) == len(d.token_ids) == len(d.output_logprobs.top) for d in got["b."])
     stopped = await finish(awake, "c.", submit(PROMPT, 5, ignore_eos=False, stop_token_ids=[tokens(got["a."])[2]]))
     assert (stopped.kind, stopped.matched_token_id) == (KIND.KIND_STOP, tokens(got["a."])[2])
+
+
+async def test_schedulers_alone_and_one_message_a_step(awake) -> None:
+    """No HTTP server, tokenizer or detokenizer process; a step of four streams is one message, not four."""
+    leader, *ranks = awake.info.pids
+    assert len(ranks) == awake.spec.tp_size
+    assert sorted(p.pid for p in psutil.Process(leader).children(recursive=True)) == sorted(ranks)
+    left = {f"s{i}." for i in range(4)}
+    for rid in left:
+        awake.submit(EngineRequest(rid, submit(PROMPT, 12, ignore_eos=True)))
+    messages, deltas = 0, 0
+    async for step in awake.steps():
+        messages, deltas = messages + 1, deltas + len(step)
+        left -= {d.request_id for d in step if d.HasField("finish")}
+        if not left:
+            break
+    assert deltas == 48
+    assert messages <= 12 + 4, "all four are prefilled within four steps and decode together"
 
 
 @pytest.mark.parametrize(
@@ -153,6 +174,28 @@ async def test_a_killed_rank_is_the_engines_end(start_engine: StartEngine, tp: i
 async def test_a_model_that_is_not_there_says_so(start_engine: StartEngine) -> None:
     with pytest.raises(EngineEnded, match="config"):
         await start_engine(1, extra_args=("--model-path", "/nonexistent"))
+
+
+@pytest.mark.timeout(600)
+async def test_where_forking_is_not_safe_engines_start_afresh(tmp_path, model_path: str) -> None:
+    """A zygote that fails its self-check: each engine is a new process that imports SGLang and spawns its ranks. Slow, but serves."""
+    zygote = Zygote(tmp_path / "z.sock", tmp_path / "zygote.log", preload=("prometheus_client",))
+    await zygote.start()
+    assert not zygote.forks
+    assert zygote.alive
+    assert "prometheus_client is loaded before fork" in (tmp_path / "zygote.log").read_text()
+    engine = SchedulerEngine(EngineSpec("slow", model_path, "r0", 1, ("gpu0",), str(tmp_path / "e")), zygote)
+    try:
+        info = await engine.start()
+        await engine.wake()
+        got = await collect(engine, [EngineRequest("a.", submit(PROMPT, 4, ignore_eos=True))])
+        assert len(tokens(got["a."])) == 4
+        await engine.park()
+        assert [line["event"] for line in awake_lines(engine.spec.state_dir)] == ["wake", "park"]
+    finally:
+        await engine.stop()
+        await zygote.stop()
+    assert not any(map(remains.running, info.pids))
 
 
 async def test_the_hosts_fake_is_declared_to_be_an_engine() -> None:

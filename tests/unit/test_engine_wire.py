@@ -1,15 +1,20 @@
 """What schedulers send, decoded without SGLang; and what a zygote refuses."""
 
+import asyncio
 import json
 import math
 import struct
+import subprocess
+import sys
 from array import array
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import seam, wire, zygote
+from nitsum_sglang.zygote_client import Zygote, environment
 
 FIELDS = ["rids", "http_worker_ipcs", "finished_reasons", "decoded_texts", "decode_ids", "output_ids"]
 FIELDS += [n for n in wire.WANTED if n not in FIELDS] + ["time_stats"]
@@ -79,3 +84,43 @@ def test_a_zygote_refuses(request_: object) -> None:
 def test_a_folder_too_long_for_sockets_is_refused() -> None:
     with pytest.raises(ValueError, match="state_dir"):
         seam.addresses("/" + "x" * 120)
+
+
+SELF_CHECK = """
+import sys, threading
+from nitsum_sglang import zygote
+if sys.argv[1] == "thread":
+    threading.Thread(target=threading.Event().wait, name="left over", daemon=True).start()
+elif sys.argv[1]:
+    __import__(sys.argv[1])
+print(zygote.self_check())
+"""
+
+
+@pytest.mark.parametrize(("what", "reason"), [("", ""), ("thread", "threads before fork"), ("grpc", "grpc"), ("prometheus_client", "prom")])
+def test_a_zygote_knows_when_it_must_not_fork(what: str, reason: str) -> None:
+    out = subprocess.run([sys.executable, "-c", SELF_CHECK, what], capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+    assert bool(out) == bool(reason)
+    assert out.startswith(reason)
+
+
+@pytest.mark.parametrize("preload", ["json", "grpc"])
+async def test_children_come_forked_or_fresh_and_end_alike(tmp_path: Path, preload: str) -> None:
+    """grpc fails the zygote's self-check: then each child is a process of its own, with the same target, log and end."""
+    z = Zygote(tmp_path / "z.sock", tmp_path / "zygote.log", preload=(preload,))
+    await z.start()
+    try:
+        assert (z.forks, z.alive) == (preload == "json", True)
+        child = await z.fork("builtins:print", {"said": 1}, log_path=tmp_path / "child.log")
+        await asyncio.wait_for(asyncio.shield(child.exited), 20)
+        assert "{'said': 1}" in (tmp_path / "child.log").read_text()
+        bad = await z.fork("time:sleep", {}, log_path=tmp_path / "bad.log")
+        await asyncio.wait_for(asyncio.shield(bad.exited), 20)
+        assert "TypeError" in (tmp_path / "bad.log").read_text()
+    finally:
+        await z.stop()
+    assert not (tmp_path / "z.sock").exists()
+
+
+def test_nothing_of_sglang_speaks_pickle() -> None:
+    assert environment()["SGLANG_USE_PICKLE_IPC"] == "0"

@@ -1,6 +1,9 @@
 """The page store: any TP reads what any other wrote, the budget holds, and what is gone is a miss."""
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -104,3 +107,80 @@ def test_writers_of_every_tp_at_once_keep_the_budget(tmp_path) -> None:
     # A grant that is not written yet is invisible to an eviction: one page of each writer.
     assert bytes_in(tmp_path) <= limit + 3 * size
     assert not list(tmp_path.rglob("*.partial"))
+
+
+KILLED = """
+import os, signal, sys
+from nitsum_sglang.kv.store import PageStore, Run
+if sys.argv[2] == "writing":
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+else:
+    PageStore._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+PageStore(sys.argv[1], "ns", 8, 64, int(sys.argv[3])).write({f"k{i}": bytes(512) for i in range(4)}, Run(0, 8))
+"""
+
+
+@pytest.mark.parametrize("when", ["granted", "writing"])
+def test_a_killed_writer_leaves_a_miss_and_a_store_that_works(tmp_path, when) -> None:
+    """Killed after its bytes were granted, and between writing a page and naming it."""
+    size, run = HEADS * HEAD_BYTES, Run(0, HEADS)
+    limit = 20 * size
+    end = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), when, str(limit)], timeout=60, check=False)
+    assert end.returncode == -signal.SIGKILL
+    pages = store(tmp_path, limit)
+    partial = list(tmp_path.rglob("*.partial"))
+    assert len(partial) == (when == "writing")
+    assert pages.used_bytes() == 4 * size, "granted, and lost with it"
+    assert not pages.has("k0", run)
+    assert not pages.read("k0", run, memoryview(bytearray(size)))
+    for p in partial:
+        os.utime(p, (1, 1))  # longer ago than any write takes
+    for i in range(40):
+        assert pages.write({f"k{i}": of(run, page(i))}, run) == 1
+        assert bytes_in(tmp_path) <= limit
+    assert not list(tmp_path.rglob("*.partial")), "what it left is evicted like any other page"
+    assert abs(pages.used_bytes() - bytes_in(tmp_path)) == 0, "the first eviction counted afresh"
+
+
+def test_readers_see_whole_pages_or_none_while_others_write_and_evict(tmp_path) -> None:
+    run, half = Run(0, HEADS), Run(0, HEADS // 2)
+    wholes = {f"k{i}": page(i) for i in range(12)}
+    done, torn, hits = threading.Event(), [], []
+
+    def read() -> None:
+        pages = store(tmp_path, 8 * HEADS * HEAD_BYTES)
+        while not done.is_set():
+            for key, whole in wholes.items():
+                for own in (run, half):
+                    got = bytearray(own.count * HEAD_BYTES)
+                    if pages.read(key, own, memoryview(got)):
+                        hits.append(key)
+                        torn.extend([key] if bytes(got) != of(own, whole) else [])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    pages = store(tmp_path, 8 * HEADS * HEAD_BYTES)  # room for 8 of 12: each round evicts
+    for i in range(24):
+        for key, whole in wholes.items():
+            for own in (run,) if i % 2 else (half, Run(HEADS // 2, HEADS // 2)):
+                pages.write({key: of(own, whole)}, own)
+    done.set()
+    reader.join()
+    assert hits
+    assert not torn
+
+
+def test_namespaces_share_the_budget_and_nothing_else(tmp_path) -> None:
+    """A namespace is a revision of a model: the same tokens of another one are another page."""
+    size, run = HEADS * HEAD_BYTES, Run(0, HEADS)
+    old, new = (PageStore(str(tmp_path), name, HEADS, HEAD_BYTES, 10 * size) for name in ("r0", "r1"))
+    for i in range(10):
+        old.write({f"k{i}": of(run, page(i))}, run)
+    assert not new.has("k9", run)
+    for i in range(10):
+        new.write({f"k{i}": of(run, page(100 + i))}, run)
+    assert bytes_in(tmp_path) <= 10 * size
+    assert not old.has("k0", run), "the older revision's pages made room"
+    got = bytearray(size)
+    assert new.read("k9", run, memoryview(got))
+    assert bytes(got) == of(run, page(109))

@@ -123,8 +123,8 @@ def test_what_cannot_be_planned_is_named() -> None:
         make_plan(f, of, 4, None).entries(3, 0)
 
 
-def write_checkpoint(folder, dtype: str, values: np.ndarray, **config: object) -> None:
-    header = json.dumps({"t": {"dtype": dtype, "shape": list(values.shape), "data_offsets": [0, values.nbytes]}}).encode()
+def write_checkpoint(folder, stored: str, values: np.ndarray, **config: object) -> None:
+    header = json.dumps({"t": {"dtype": stored, "shape": list(values.shape), "data_offsets": [0, values.nbytes]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + values.tobytes())
     base = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     base |= {"num_hidden_layers": 2, "intermediate_size": 128, "vocab_size": 100, "max_position_embeddings": 64, "dtype": "bfloat16"}
@@ -144,6 +144,22 @@ def test_facts_and_revision(tmp_path) -> None:
         write_checkpoint(tmp_path, "BF16", np.zeros((4, 4), np.uint16), **wrong)
         with pytest.raises(UnsupportedModel, match=message):
             checkpoint.read_facts(str(tmp_path), "m")
+
+
+def test_a_checkpoint_is_served_in_its_own_dtype_unless_told_otherwise(tmp_path) -> None:
+    folder, values = str(tmp_path), np.zeros((4, 4), np.uint16)
+    write_checkpoint(tmp_path, "BF16", values)
+    assert checkpoint.served_dtype(folder) == "bfloat16"
+    assert checkpoint.served_dtype(folder, "float32") == "float32"
+    wide = checkpoint.read_facts(folder, "m", "float32")
+    assert (wide.dtype_bytes, wide.weight_bytes) == (4, 64)
+    write_checkpoint(tmp_path, "BF16", values, dtype=None, torch_dtype="float16")
+    assert checkpoint.served_dtype(folder) == "float16"
+    write_checkpoint(tmp_path, "F16", values, dtype=None)
+    assert checkpoint.served_dtype(folder) == "float16", "nothing named: as its weights are stored"
+    write_checkpoint(tmp_path, "BF16", values, dtype="float8_e4m3fn")
+    with pytest.raises(UnsupportedModel, match=r"float8_e4m3fn; supported are float32"):
+        checkpoint.read_facts(folder, "m")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

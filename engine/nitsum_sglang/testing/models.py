@@ -71,18 +71,21 @@ def tiny_llama(
     tied: bool = False,
     dtype: str = "float32",
     seed: int = 0,
+    family: str = "Llama",
+    rope: dict[str, Any] | None = None,
 ) -> Path:
     """A random Llama of 3 million weights and a tokenizer of 1024 tokens; `heads` and `kv_heads` set which TP degrees are legal.
 
+    `family`: Llama, or what differs from it: Qwen2 (biases of q, k, v), Qwen3 (norms of q, k). `rope`: its parameters, e.g. a scaling.
     With a `directory` the checkpoint is copied there.
     """
 
     def build(out: Path) -> None:
         import torch
-        from transformers import LlamaConfig, LlamaForCausalLM
+        import transformers
 
         _tokenizer(1024).save_pretrained(out)
-        config = LlamaConfig(
+        config = getattr(transformers, f"{family}Config")(
             vocab_size=1024,
             hidden_size=32 * heads,
             intermediate_size=64 * heads,
@@ -96,16 +99,21 @@ def tiny_llama(
             pad_token_id=2,
             tie_word_embeddings=tied,
             dtype=dtype,
+            **({"rope_parameters": rope} if rope else {}),
         )
         generator = torch.Generator().manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:
                     parameter.normal_(0, 0.05, generator=generator)
+                elif family != "Llama":  # else biases are zero and norms one: a lost one would not show
+                    parameter.add_(torch.empty_like(parameter).normal_(0, 0.2, generator=generator))
         model.to(getattr(torch, dtype)).save_pretrained(out, safe_serialization=True)
 
     recipe = {"heads": heads, "kv_heads": kv_heads, "layers": layers, "tied": tied, "dtype": dtype, "seed": seed}
+    if family != "Llama" or rope:
+        recipe |= {"family": family, "rope": rope}
     return _placed(_built_once("tiny-llama", recipe, build), directory)
 
 

@@ -35,12 +35,9 @@ class WeightFile:
     """`path` holds the tensors as `plan` says; `dtypes` names those that differ from `dtype` (the cos/sin cache on a GPU)."""
 
     def __init__(self, model: str, folder: Path, dtype: str = "") -> None:
-        self.facts = checkpoint.read_facts(model, os.path.basename(os.path.normpath(model)))
+        self.dtype = checkpoint.served_dtype(model, dtype)
+        self.facts = checkpoint.read_facts(model, os.path.basename(os.path.normpath(model)), self.dtype)
         self.model, self.sources = model, sources(model)
-        config = checkpoint.config(model)
-        self.dtype = dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        if self.dtype not in ITEM_BYTES:
-            raise UnsupportedModel(f"dtype {self.dtype}; supported are {', '.join(ITEM_BYTES)}")
         self.key = f"{checkpoint.revision(model)}-{self.dtype}"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.path, self.marker = folder / f"{self.key}.weights", folder / f"{self.key}.complete"
