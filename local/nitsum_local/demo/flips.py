@@ -1,6 +1,6 @@
 """When the engines themselves changed places: read from their own records, so that a pause is measured against what happened."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,12 @@ def overlaps(lines: Iterable[Mapping[str, Any]], died: Mapping[int, float] | Non
             elif holder == me:
                 del awake[gpu]
     return found
+
+
+def met(streams: Sequence[Stream], flips: Iterable[Window]) -> list[int]:
+    """Positions of the streams that were under way when a flip began, those included that never had another token."""
+    starts = [w.start for w in flips]
+    return [i for i, s in enumerate(streams) if any(s.started < start and (not s.ended or s.ended > start) for start in starts)]
 
 
 def moved(streams: Iterable[Stream], flips: Iterable[Window]) -> dict[int, float]:
