@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from nitsum_local.demo.flips import Window, met, moved
+from nitsum_local.demo.flips import Window, met, moved, of_pool
 from nitsum_local.demo.summary import Summary, summarise
 from nitsum_local.demo.traffic import Stream, compare
 
@@ -64,3 +64,15 @@ def test_the_demo_is_not_good_without_a_flip_or_with_a_stream_that_never_ended()
     assert not summary(ACROSS, reference="abcdd").good
     assert summary(ACROSS, reference="abc").tokens_repeated == 1
     assert not summary(ACROSS, replace(AFTER, error="500")).good
+
+
+def test_a_flip_of_another_pool_or_node_is_not_mixed_into_ours() -> None:
+    def line(t: float, event: str, engine: str, node: int) -> dict[str, object]:
+        return {"t": t, "event": event, "engine": engine, "gpus": [f"node-{node}-slot-0"], "pid": 1}
+
+    chat = [line(5.0, "park", "default.chat-tp1-0", 0), line(5.2, "wake", "default.chat-tp3-0", 0)]
+    there = [line(5.1, "park", "default.chat-tp1-1", 1), line(5.3, "wake", "default.chat-tp3-1", 1)]
+    other = [line(5.05, "park", "default.tiny-tp1-0", 1), line(5.15, "wake", "default.tiny-tp2-0", 1)]
+    found = of_pool(sorted([*chat, *there, *other], key=lambda x: float(str(x["t"]))), "default.chat", 0.0)
+    assert [(w.start, w.end) for w in found] == [(5.0, 5.2), (5.1, 5.3)]
+    assert of_pool(chat, "default.chat", 6.0) == []

@@ -43,6 +43,15 @@ def windows(lines: Iterable[Mapping[str, Any]], since: float) -> list[Window]:
     return found
 
 
+def of_pool(lines: Iterable[Mapping[str, Any]], pool: str, since: float) -> list[Window]:
+    """Flips of the pool `<namespace>.<name>` alone, node by node: other pools' engines come and go too."""
+    by_node: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if line["engine"].rpartition("-tp")[0] == pool:
+            by_node.setdefault(line["gpus"][0].rpartition("-slot-")[0], []).append(line)
+    return sorted((w for mine in by_node.values() for w in windows(mine, since)), key=lambda w: w.start)
+
+
 def overlaps(lines: Iterable[Mapping[str, Any]], died: Mapping[int, float] | None = None) -> list[str]:
     """GPUs on which two engines were awake at once, by their own records by time; empty is what must be.
 

@@ -78,7 +78,7 @@ class Scenario:
         await stage.start_nodes()
         view.enter(Phase.GATEWAY, "one OpenAI endpoint for all pools")
         await stage.start_gateway()
-        view.enter(Phase.POOLS, f"kubectl apply -f examples/{self.program.example}.yaml")
+        view.enter(Phase.POOLS, f"examples/{self.program.example}.yaml, with the checkpoint's folder on this machine")
         watch = await self._serve(stage, models)
         view.say(f"planned with the shipped profile {self._profile(watch)}; online correction is off")
         http = httpx.AsyncClient(verify=stage.ssl_context(), timeout=120)
@@ -127,7 +127,7 @@ class Scenario:
         traffic = Traffic(self.client, self._model)
         view.streams = traffic.streams
         layouts = [watch.status.get("layout", "")]
-        view.enter(Phase.TRAFFIC, self.program.acts[0].headline)
+        view.enter(Phase.TRAFFIC, "two tiers, whose mix changes")
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(watch.run()), group.create_task(traffic.run()), group.create_task(self._draw())]
             base = watch.flips
@@ -148,7 +148,7 @@ class Scenario:
             view.enter(Phase.REFERENCE, "what the streams asked that a flip met, once more, without a flip")
             await freeze_pool(stage.api, stage.pools_namespace, self.program.example)
             lines = stage.awake_lines()
-            happened = flips.windows(lines, began)
+            happened = flips.of_pool(lines, f"{stage.pools_namespace}.{self.program.example}", began)
             record = {"awake": lines, "streams": [asdict(s) for s in traffic.streams], "flips": watch.status.get("lastFlips")}
             (self.state_dir / "streams.json").write_text(json.dumps(record))
             moved = flips.moved(traffic.streams, happened)
