@@ -98,8 +98,14 @@ class Scenario:
             await create_pool(stage.api, stage.pools_namespace, pool_manifest(self.root / f"examples/{example}.yaml", models[checkpoint]))
         view.watch = watch = PoolWatch(stage.api, stage.pools_namespace, program.example)
 
+        told = ""
+
         async def ready() -> bool:
+            nonlocal told
             await watch.refresh()
+            if not watch.ready and (message := watch.condition("Ready").get("message", "")) not in ("", told):
+                told = message
+                view.say(f"not ready yet: {message}")
             return watch.ready
 
         await wait_until(ready, f"pool {program.example} is Ready; its status: kubectl describe spool {program.example}", READY_S)
