@@ -100,7 +100,7 @@ def gather(root: Path) -> Facts:
         go=go_version(text),
         build_needed=any(name not in there and not (cache_dir(text) / name).is_file() for name in needed()),
         environment_there=any(root.glob(".venv/lib/python3*/site-packages/sglang")),
-        disk_free_gb=min(shutil.disk_usage(folder).free for folder in (root, Path.home())) / 1e9,
+        disk_free_gb=min(_free_bytes(folder) for folder in (root, cache_dir(text))) / 1e9,
         memory_gb=_memory_bytes() / 1e9,
         git=shutil.which("git") is not None,
         make=shutil.which("make") is not None,
@@ -109,6 +109,11 @@ def gather(root: Path) -> Facts:
         shared_memory_free_gb=shutil.disk_usage(SHARED_MEMORY).free / 1e9 if SHARED_MEMORY.is_dir() else 0.0,
         interface=_interface(),
     )
+
+
+def _free_bytes(folder: Path) -> int:
+    """Of the disk on which the folder is, or will be made."""
+    return shutil.disk_usage(next(f for f in (folder, *folder.absolute().parents) if f.exists())).free
 
 
 def _interface() -> bool:

@@ -47,7 +47,7 @@ def test_the_preflight_loads_without_packages_and_in_older_pythons() -> None:
         assert "from __future__ import annotations" in file.read_text()
     command = [sys.executable, "-S", "-c", "import nitsum_local.preflight as p; p.gather(p.Path.cwd())"]
     subprocess.run(
-        command, env={"PYTHONPATH": str(ROOT / "local"), "PATH": "/usr/bin:/bin", "HOME": "/tmp"}, cwd=ROOT, check=True, timeout=30
+        command, env={"PYTHONPATH": str(ROOT / "local"), "PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}, cwd=ROOT, check=True, timeout=30
     )
 
 
