@@ -147,8 +147,8 @@ class Scenario:
                     await asyncio.sleep(0.25)
                     if (layout := watch.status.get("layout") or layouts[-1]) != layouts[-1]:
                         layouts.append(layout)
-                # The streams that crossed the flip go on for a while, so that their gap has an end.
-                await asyncio.sleep(act.least_s / 2)
+                if act.until_flips:  # the streams that crossed the flip go on for a while, so that their gap has an end
+                    await asyncio.sleep(act.least_s / 2)
             view.headline = "no new requests; the last streams end"
             await traffic.settle(SETTLE_S)
             view.enter(Phase.REFERENCE, "what the streams asked that a flip met, once more, without a flip")
