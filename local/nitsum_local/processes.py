@@ -9,15 +9,15 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from nitsum_local.binaries import under
+
 Ready = Callable[[], Awaitable[bool]]
-_UNDER = Path(__file__).with_name("under.py")
 _POLL_S = 0.1
 _TAIL_BYTES = 2000
 
@@ -69,7 +69,7 @@ class Process:
         return ""
 
     async def spawn(self) -> None:
-        argv = [sys.executable, "-I", "-S", str(_UNDER), str(int(self.spec.death_signal)), str(os.getpid()), *self.spec.command]
+        argv = [*under(self.spec.death_signal), *self.spec.command]
         with self.log.open("ab") as log:
             self._child = await asyncio.create_subprocess_exec(
                 *argv,
@@ -199,7 +199,8 @@ class Supervisor:
 
 
 def run(main: Coroutine[None, None, int]) -> int:
-    """Runs `main` to its exit code. SIGINT and SIGTERM cancel it, so that every `async with` ends; then 130 or 143."""
+    """Runs `main` to its exit code. SIGINT, SIGTERM and SIGHUP (the terminal is gone) cancel it, so that every `async with` ends;
+    then the code is 130, 143 or 129. Under `nohup` a hang-up stays ignored."""
     caught: list[int] = []
 
     async def outer() -> int:
@@ -211,8 +212,9 @@ def run(main: Coroutine[None, None, int]) -> int:
             if len(caught) == 1:  # more do not disturb the way out: every step of it has a deadline
                 task.cancel()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, on_signal, number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, on_signal, number)
         try:
             return await task
         except asyncio.CancelledError:

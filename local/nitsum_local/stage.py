@@ -4,6 +4,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import shutil
 import socket
@@ -13,17 +14,24 @@ import tempfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from kubernetes import client
 
+from nitsum_local import existing
 from nitsum_local.controlplane import ControlPlane, api_client
 from nitsum_local.install import NAMESPACE, announce_agent, announce_gateway, create_node, install_chart, local_address, tls_folder
 from nitsum_local.processes import Spec, Supervisor
 
 ROLES = ("agent", "host", "gateway")
 SHARED_MEMORY = Path("/dev/shm")
+_LEFT = "folders.json"
+"""In the state folder: what lies outside of it. A stage that was killed could not remove it; the next one does."""
+
+
+class StageBusy(RuntimeError):
+    """Another stage lives in the same state folder."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +75,35 @@ class Stage:
         self.run_dir = Path()
         self.memory_dir = Path()
         self._api: Any = None
+        self._lock: TextIO | None = None
+        self._claimed = False
 
     async def __aenter__(self) -> "Stage":
-        """Starts afresh: what an earlier stage left in `state_dir` goes, its etcd included."""
+        """Starts afresh: what an earlier stage left goes, its etcd included. Raises StageBusy."""
+        self._take_lock()
+        self._remove_left()
         for left in ("cluster", "chart", "tls", "gateway", "log"):
             shutil.rmtree(self.state_dir / left, ignore_errors=True)
         self.supervisor.logs.mkdir(parents=True, mode=0o700)
         self.run_dir = Path(tempfile.mkdtemp(prefix="nitsum-"))
         self.memory_dir = Path(tempfile.mkdtemp(prefix="nitsum-", dir=SHARED_MEMORY))
         self.supervisor.remove_at_end(self.run_dir, self.memory_dir)
+        (self.state_dir / _LEFT).write_text(json.dumps([str(self.run_dir), str(self.memory_dir)]))
         return self
+
+    def _take_lock(self) -> None:
+        self.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = (self.state_dir / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise StageBusy(f"another one runs in {self.state_dir}: end it first (Ctrl-C in its terminal)") from e
+
+    def _remove_left(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for folder in json.loads((self.state_dir / _LEFT).read_text()):
+                if Path(folder).name.startswith("nitsum-"):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     async def __aexit__(self, *_: object) -> None:
         """Not stopped by cancellation: a second Ctrl-C does not leave processes behind."""
@@ -94,9 +121,15 @@ class Stage:
             )
             await self.supervisor.stop_all()
         finally:
-            await self.control_plane.stop()
-            if self._api is not None:
-                self._api.close()
+            try:
+                if self._claimed:
+                    await existing.leave(self.control_plane.admin_kubeconfig, self.binaries["helm"], [n.name for n in self.nodes])
+            finally:
+                await self.control_plane.stop()
+                if self._api is not None:
+                    self._api.close()
+                if self._lock is not None:
+                    self._lock.close()
 
     @property
     def api(self) -> Any:
@@ -120,6 +153,13 @@ class Stage:
 
     async def start_control_plane(self) -> None:
         await self.control_plane.start()
+        if self.control_plane.existing:
+            await existing.claim(self.control_plane.admin_kubeconfig, [n.name for n in self.nodes])
+            self._claimed = True
+
+    @property
+    def pools_namespace(self) -> str:
+        return existing.POOLS_NAMESPACE if self.control_plane.existing else "default"
 
     async def install(self, values: Mapping[str, Any] | None = None) -> None:
         await install_chart(self.control_plane.admin_kubeconfig, self.binaries["helm"], self.state_dir / "chart", values)

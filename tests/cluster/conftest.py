@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nitsum_local.binaries import BinariesMissing, ensure
+from nitsum_local import existing
+from nitsum_local.binaries import BinariesMissing, ensure, needed
 from nitsum_local.binaries import kubectl as kubectl_path
 from nitsum_local.controlplane import ControlPlane, api_client
 from nitsum_local.install import install_chart
@@ -20,7 +21,7 @@ Submit = Callable[[Coroutine[Any, Any, Any]], Any]
 @pytest.fixture(scope="session")
 def binaries() -> dict[str, Path]:
     try:
-        return ensure()
+        return ensure(needed())
     except BinariesMissing as e:
         pytest.fail(str(e), pytrace=False)
 
@@ -56,10 +57,14 @@ def admin(admin_kubeconfig: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def installed(control_plane: ControlPlane, binaries: dict[str, Path], submit: Submit) -> ControlPlane:
-    """The chart, workloads off."""
+def installed(control_plane: ControlPlane, binaries: dict[str, Path], submit: Submit) -> Iterator[ControlPlane]:
+    """The chart, workloads off. In a cluster that exists: only where nothing of nitsum is, and gone in the end."""
+    if control_plane.existing:
+        submit(existing.claim(control_plane.admin_kubeconfig))
     submit(install_chart(control_plane.admin_kubeconfig, binaries["helm"], control_plane.state_dir))
-    return control_plane
+    yield control_plane
+    if control_plane.existing:
+        submit(existing.leave(control_plane.admin_kubeconfig, binaries["helm"]))
 
 
 @pytest.fixture(scope="session")

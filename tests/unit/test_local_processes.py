@@ -76,7 +76,7 @@ async def test_process_that_ends_before_it_is_ready_fails_with_its_log(tmp_path:
             await s.start(Spec("bad", ["sh", "-c", "echo no such pool; exit 3"], ready=never))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 async def test_nothing_outlives_the_supervising_process(tmp_path: Path, number: int) -> None:
     program = f"""
 import asyncio, sys
@@ -96,3 +96,31 @@ sys.exit(run(main()))
     process.send_signal(number)
     assert await asyncio.to_thread(process.wait, 10) == (-number if number == signal.SIGKILL else 128 + number)
     assert await gone(child)
+
+
+async def test_a_second_signal_does_not_shorten_the_way_out(tmp_path: Path) -> None:
+    """The one that hangs gets its SIGKILL, and what must go with it goes."""
+    program = f"""
+import asyncio, sys
+from pathlib import Path
+from nitsum_local.processes import Spec, Supervisor, run
+async def main():
+    async with Supervisor(Path({str(tmp_path)!r}) / "log") as s:
+        s.remove_at_end(Path({str(tmp_path)!r}) / "shm")
+        p = await s.start(Spec("deaf", ["sh", "-c", "trap '' TERM; echo > {tmp_path}/deaf; while :; do sleep 1; done"], stop_deadline_s=1))
+        while not Path({str(tmp_path)!r}, "deaf").exists():
+            await asyncio.sleep(0.05)
+        Path({str(tmp_path)!r}, "pid").write_text(str(p.pid))
+        await asyncio.sleep(100)
+    return 0
+sys.exit(run(main()))
+"""
+    (tmp_path / "shm").mkdir()
+    process = started(program)
+    child = await pid_in(tmp_path / "pid")
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        await asyncio.sleep(0.2)
+    assert await asyncio.to_thread(process.wait, 10) == 128 + signal.SIGINT
+    assert await gone(child)
+    assert not (tmp_path / "shm").exists()

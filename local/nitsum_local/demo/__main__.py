@@ -42,8 +42,10 @@ def main(
         try:
             summary = await scenario.run(keep)
         except (RuntimeError, OSError, ApiException) as e:  # TimeoutError is an OSError
-            print(f"make demo: {e}; logs: {state / 'demo/log'}", file=sys.stderr)
+            print(f"make demo: {e}\nlogs: {state / 'demo/log'}", file=sys.stderr)
             return 1
+        if not summary.good:
+            print(f"make demo: it did not show what it promises; logs: {state / 'demo/log'}", file=sys.stderr)
         return 0 if summary.good else 2
 
     sys.exit(run(demo()))

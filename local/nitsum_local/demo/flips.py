@@ -1,6 +1,6 @@
 """When the engines themselves changed places: read from their own records, so that a pause is measured against what happened."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,15 @@ def windows(lines: Iterable[Mapping[str, Any]], since: float) -> list[Window]:
     return found
 
 
+def of_pool(lines: Iterable[Mapping[str, Any]], pool: str, since: float) -> list[Window]:
+    """Flips of the pool `<namespace>.<name>` alone, node by node: other pools' engines come and go too."""
+    by_node: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        if line["engine"].rpartition("-tp")[0] == pool:
+            by_node.setdefault(line["gpus"][0].rpartition("-slot-")[0], []).append(line)
+    return sorted((w for mine in by_node.values() for w in windows(mine, since)), key=lambda w: w.start)
+
+
 def overlaps(lines: Iterable[Mapping[str, Any]], died: Mapping[int, float] | None = None) -> list[str]:
     """GPUs on which two engines were awake at once, by their own records by time; empty is what must be.
 
@@ -64,6 +73,12 @@ def overlaps(lines: Iterable[Mapping[str, Any]], died: Mapping[int, float] | Non
             elif holder == me:
                 del awake[gpu]
     return found
+
+
+def met(streams: Sequence[Stream], flips: Iterable[Window]) -> list[int]:
+    """Positions of the streams that were under way when a flip began, those included that never had another token."""
+    starts = [w.start for w in flips]
+    return [i for i, s in enumerate(streams) if any(s.started < start and (not s.ended or s.ended > start) for start in starts)]
 
 
 def moved(streams: Iterable[Stream], flips: Iterable[Window]) -> dict[int, float]:

@@ -2,8 +2,9 @@
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,23 +12,28 @@ import httpx
 from openai import AsyncOpenAI
 from rich.live import Live
 
-from nitsum_local.binaries import kubectl
+from nitsum_local.binaries import kubectl, needed, use_existing
 from nitsum_local.demo import flips, tools
 from nitsum_local.demo.phases import Phase
 from nitsum_local.demo.program import PLANNER, Program
 from nitsum_local.demo.summary import Summary, summarise
-from nitsum_local.demo.traffic import Stream, Traffic, run_stream
+from nitsum_local.demo.traffic import Question, Stream, Traffic, run_stream
 from nitsum_local.demo.view import View
 from nitsum_local.demo.watch import PoolWatch, create_pool, freeze_pool
+from nitsum_local.install import local_address
 from nitsum_local.preflight import gather, missing
 from nitsum_local.stage import Stage, pool_manifest, wait_until
 
-NAMESPACE = "default"
 READY_S = 300.0
 SETTLE_S = 60.0
-REFERENCES_MAX = 12
-"""Moved streams that are sent again without a flip; more would add minutes, not evidence."""
 REFERENCES_AT_ONCE = 4
+
+
+def _bypass_proxy() -> None:
+    """The demo's own hops are on this machine: a proxy that the shell names has no part in them."""
+    mine = ["localhost", "127.0.0.1", local_address()]
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join([*filter(None, [os.environ.get(name)]), *mine])
 
 
 class Scenario:
@@ -37,27 +43,32 @@ class Scenario:
 
     async def run(self, keep: bool) -> Summary:
         """Raises RuntimeError where the machine lacks something; TimeoutError where a part does not come up."""
-        view = self.view
+        view, result = self.view, self.state_dir.parent / "demo.json"
+        result.unlink(missing_ok=True)  # an earlier run's is not this run's
         view.enter(Phase.PREFLIGHT, "what this machine has")
         if found := missing(gather(self.root)):
             raise RuntimeError("\n".join(f"missing: {one}" for one in found))
-        view.enter(Phase.BINARIES, "etcd, kube-apiserver, kube-controller-manager, helm: built once, then cached")
+        _bypass_proxy()
+        view.enter(Phase.BINARIES, f"{', '.join(needed())}: built once, then cached")
         binaries = await tools.binaries(view.say)
         view.enter(Phase.MODELS, "checkpoints, unpacked once")
         names = dict.fromkeys((self.program.checkpoint, *(checkpoint for _, checkpoint in self.program.others)))
         models = {name: await tools.model(name, view.say) for name in names}
-        view.enter(Phase.CONTROL_PLANE, "a real one, on loopback")
+        view.enter(
+            Phase.CONTROL_PLANE,
+            f"the cluster of {os.environ.get('KUBECONFIG', '~/.kube/config')}" if use_existing() else "a real one, on loopback",
+        )
         flags = ("--max-total-tokens", str(self.program.max_total_tokens))
         async with Stage(self.state_dir, binaries, self.program.nodes, flags) as stage:
             await stage.start_control_plane()
-            summary = await self._on(stage, models)
-            summary.write(self.state_dir.parent / "demo.json")
+            summary = await self._on(stage, models, keep)
+            summary.write(result)
             if keep:
                 view.say("everything stays up until Ctrl-C")
                 await asyncio.Event().wait()
         return summary
 
-    async def _on(self, stage: Stage, models: Mapping[str, Path]) -> Summary:
+    async def _on(self, stage: Stage, models: Mapping[str, Path], keep: bool) -> Summary:
         view = self.view
         view.enter(Phase.CHART, "helm install, workloads off: CRDs, permissions, Services, configuration")
         await stage.install({"config": {"planner": PLANNER, "profile": {"onlineCorrection": False}}})
@@ -67,7 +78,7 @@ class Scenario:
         await stage.start_nodes()
         view.enter(Phase.GATEWAY, "one OpenAI endpoint for all pools")
         await stage.start_gateway()
-        view.enter(Phase.POOLS, f"kubectl apply -f examples/{self.program.example}.yaml")
+        view.enter(Phase.POOLS, f"examples/{self.program.example}.yaml, with the checkpoint's folder on this machine")
         watch = await self._serve(stage, models)
         view.say(f"planned with the shipped profile {self._profile(watch)}; online correction is off")
         http = httpx.AsyncClient(verify=stage.ssl_context(), timeout=120)
@@ -76,7 +87,7 @@ class Scenario:
         view.enter(Phase.SUMMARY, "what happened")
         for line in summary.lines():
             view.console.print(f"  {line}")
-        view.console.print("look around:")
+        view.console.print("look around:" if keep else "look around (`make demo KEEP=1` stays up for it):")
         for line in summary.kubectl:
             view.console.print(f"  {line}", soft_wrap=True, highlight=False)
         return summary
@@ -84,11 +95,17 @@ class Scenario:
     async def _serve(self, stage: Stage, models: Mapping[str, Path]) -> PoolWatch:
         program, view = self.program, self.view
         for example, checkpoint in ((program.example, program.checkpoint), *program.others):
-            await create_pool(stage.api, NAMESPACE, pool_manifest(self.root / f"examples/{example}.yaml", models[checkpoint]))
-        view.watch = watch = PoolWatch(stage.api, NAMESPACE, program.example)
+            await create_pool(stage.api, stage.pools_namespace, pool_manifest(self.root / f"examples/{example}.yaml", models[checkpoint]))
+        view.watch = watch = PoolWatch(stage.api, stage.pools_namespace, program.example)
+
+        told = ""
 
         async def ready() -> bool:
+            nonlocal told
             await watch.refresh()
+            if not watch.ready and (message := watch.condition("Ready").get("message", "")) not in ("", told):
+                told = message
+                view.say(f"not ready yet: {message}")
             return watch.ready
 
         await wait_until(ready, f"pool {program.example} is Ready; its status: kubectl describe spool {program.example}", READY_S)
@@ -116,7 +133,7 @@ class Scenario:
         traffic = Traffic(self.client, self._model)
         view.streams = traffic.streams
         layouts = [watch.status.get("layout", "")]
-        view.enter(Phase.TRAFFIC, self.program.acts[0].headline)
+        view.enter(Phase.TRAFFIC, "two tiers, whose mix changes")
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(watch.run()), group.create_task(traffic.run()), group.create_task(self._draw())]
             base = watch.flips
@@ -130,26 +147,27 @@ class Scenario:
                     await asyncio.sleep(0.25)
                     if (layout := watch.status.get("layout") or layouts[-1]) != layouts[-1]:
                         layouts.append(layout)
-                # The streams that crossed the flip go on for a while, so that their gap has an end.
-                await asyncio.sleep(act.least_s / 2)
+                if act.until_flips:  # the streams that crossed the flip go on for a while, so that their gap has an end
+                    await asyncio.sleep(act.least_s / 2)
             view.headline = "no new requests; the last streams end"
             await traffic.settle(SETTLE_S)
-            view.enter(Phase.REFERENCE, "the streams that moved, once more, without a flip")
-            await freeze_pool(stage.api, NAMESPACE, self.program.example)
+            view.enter(Phase.REFERENCE, "what the streams asked that a flip met, once more, without a flip")
+            await freeze_pool(stage.api, stage.pools_namespace, self.program.example)
             lines = stage.awake_lines()
-            happened = flips.windows(lines, began)
+            happened = flips.of_pool(lines, f"{stage.pools_namespace}.{self.program.example}", began)
             record = {"awake": lines, "streams": [asdict(s) for s in traffic.streams], "flips": watch.status.get("lastFlips")}
             (self.state_dir / "streams.json").write_text(json.dumps(record))
             moved = flips.moved(traffic.streams, happened)
-            references = await self._again(traffic.streams, list(moved))
+            met = flips.met(traffic.streams, happened)
+            references = await self._again([traffic.streams[i] for i in met])
             for task in tasks:
                 task.cancel()
-        moved = {i: gap for i, gap in moved.items() if i in references}
         first = happened[0].end - view.began if happened else None
         facts = {"first_flip_after_s": first, "layouts": layouts, "profile": self._profile(watch), "kubectl": self._kubectl(stage)}
-        return summarise(traffic.streams, moved, references, len(happened), **facts)
+        return summarise(traffic.streams, moved, met, references, len(happened), **facts)
 
-    async def _again(self, streams: list[Stream], positions: list[int]) -> dict[int, Stream]:
+    async def _again(self, streams: Sequence[Stream]) -> dict[Question, Stream]:
+        """Each question once: greedy answers to the same question are the same."""
         assert self.client is not None
         client, free = self.client, asyncio.Semaphore(REFERENCES_AT_ONCE)
 
@@ -157,8 +175,8 @@ class Scenario:
             async with free:
                 return await run_stream(client, self._model, Stream(s.tier, s.prompt, s.max_tokens))
 
-        chosen = positions[:REFERENCES_MAX]
-        return dict(zip(chosen, await asyncio.gather(*(one(streams[i]) for i in chosen)), strict=True))
+        distinct = {s.question: s for s in streams}
+        return dict(zip(distinct, await asyncio.gather(*(one(s) for s in distinct.values())), strict=True))
 
     async def _draw(self) -> None:
         view = self.view

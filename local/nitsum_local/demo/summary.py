@@ -2,12 +2,12 @@
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nitsum_local.demo.traffic import Stream, compare
+from nitsum_local.demo.traffic import Question, Stream, compare
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Summary:
     streams: int
     streams_failed: int
     streams_across_flip: int
+    streams_compared: int
+    """With an unflipped run: all that were under way when a flip began, those included that had their first or last token during it."""
     tokens_missing: int
     tokens_repeated: int
     text_equal: bool
@@ -48,23 +50,31 @@ class Summary:
             f"streams              {self.streams}, failed {self.streams_failed}, across a flip {self.streams_across_flip}",
             f"pause of those       {pauses}",
             f"tokens               missing {self.tokens_missing}, repeated {self.tokens_repeated}",
-            f"text                 {equal} against a run without a flip",
+            f"text                 {equal} against a run without a flip ({self.streams_compared} streams compared)",
             f"planned with         {self.profile}, online correction off",
         ]
 
 
-def summarise(streams: Sequence[Stream], moved: Mapping[int, float], references: Mapping[int, Stream], flips: int, **facts: Any) -> Summary:
-    """`references`: by position in `streams`, the same prompt without a flip. A moved stream without one counts as not equal."""
+def summarise(
+    streams: Sequence[Stream],
+    moved: Mapping[int, float],
+    met: Collection[int],
+    references: Mapping[Question, Stream],
+    flips: int,
+    **facts: Any,
+) -> Summary:
+    """`moved`, `met`: positions in `streams`. `references`: answers without a flip. A stream without one counts as not equal."""
     missing = repeated = 0
-    equal = bool(moved)
-    for i in moved:
-        reference = references.get(i)
+    compared = sorted({*moved, *met})
+    equal = bool(compared)
+    for i in compared:
+        got, reference = streams[i], references.get(streams[i].question)
         if reference is None or reference.error:
             equal = False
             continue
-        lost, added = compare(streams[i], reference)
+        lost, added = compare(got, reference)
         missing, repeated = missing + lost, repeated + added
-        equal = equal and (streams[i].text, streams[i].finish) == (reference.text, reference.finish)
-    failed = sum(bool(s.error) for s in streams)
+        equal = equal and (got.text, got.finish) == (reference.text, reference.finish)
+    failed = sum(bool(s.error) or not s.ended for s in streams)
     pauses = [round(ms, 1) for ms in moved.values()]
-    return Summary(flips, pauses, len(streams), failed, len(moved), missing, repeated, equal, **facts)
+    return Summary(flips, pauses, len(streams), failed, len(moved), len(compared), missing, repeated, equal, **facts)

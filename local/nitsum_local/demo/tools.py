@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nitsum_local.binaries import DEFAULT, BinariesMissing
+from nitsum_local.binaries import BinariesMissing, needed, under
 
 
 async def run_module(module: str, words: Sequence[str], say: Callable[[str], None]) -> str:
@@ -17,7 +17,11 @@ async def run_module(module: str, words: Sequence[str], say: Callable[[str], Non
     Raises RuntimeError with the last lines that it said. Cancelled: its whole process group is killed.
     """
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, start_new_session=True
+        *under(signal.SIGKILL),
+        *(sys.executable, "-m", module, *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stdout is not None
     assert process.stderr is not None
@@ -44,7 +48,7 @@ async def run_module(module: str, words: Sequence[str], say: Callable[[str], Non
 async def binaries(say: Callable[[str], None]) -> dict[str, Path]:
     """The control plane's, built if they are missing. Raises BinariesMissing."""
     try:
-        text = await run_module("nitsum_local.binaries", DEFAULT, say)
+        text = await run_module("nitsum_local.binaries", needed(), say)
     except RuntimeError as e:
         raise BinariesMissing(str(e)) from e
     return {name: Path(path) for name, path in (line.split("\t") for line in text.splitlines())}

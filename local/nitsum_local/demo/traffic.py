@@ -19,6 +19,9 @@ QUESTIONS = (
     "Tell me about the history of Paris.",
 )
 
+Question = tuple[str, int]
+"""A prompt and the most tokens of its answer: greedy answers to the same question are the same."""
+
 
 @dataclass
 class Stream:
@@ -34,6 +37,10 @@ class Stream:
     text: str = ""
     finish: str = ""
     error: str = ""
+
+    @property
+    def question(self) -> Question:
+        return self.prompt, self.max_tokens
 
     def gap_ms(self, since: float, until: float) -> float:
         """The widest gap between two tokens that overlaps [since, until]; 0: the stream did not live across it."""
@@ -112,8 +119,7 @@ class Traffic:
 
     def _start(self, load: Load) -> None:
         self._number += 1
-        prompt = f"({self._number}) {QUESTIONS[self._number % len(QUESTIONS)]}"
-        s = Stream(load.tier, prompt, load.max_tokens)
+        s = Stream(load.tier, QUESTIONS[self._number % len(QUESTIONS)], load.max_tokens)
         self.streams.append(s)
         task = asyncio.create_task(run_stream(self.client, self.model, s))
         self.live[task] = s

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 from kubernetes import client
+from urllib3.exceptions import HTTPError
 
 from nitsum_api.resources import GROUP, POOLS, VERSION
 
@@ -28,7 +29,7 @@ class PoolWatch:
             found = await asyncio.to_thread(
                 self._custom.get_namespaced_custom_object, GROUP, VERSION, self.namespace, POOLS, self.name, _request_timeout=5
             )
-        except client.ApiException:
+        except (client.ApiException, HTTPError):
             return
         self.status = found.get("status") or {}
 
