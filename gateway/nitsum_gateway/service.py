@@ -40,8 +40,21 @@ class State:
 
     def obey(self, request: gateway_pb2.ApplyRoutesRequest) -> None:
         self.highest_term, self.generation, self.routes = request.term, request.generation, request
+        self._write()
+
+    def hear(self, term: int) -> None:
+        """A term counts from when it is heard, whatever becomes of the request: an older leader must not come back."""
+        if term > self.highest_term:
+            self.highest_term = term
+            self._write()
+
+    def _write(self) -> None:
+        """On disk when it returns."""
         new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"term": request.term, "routes": request.SerializeToString().hex()}))
+        with new.open("w") as f:
+            json.dump({"term": self.highest_term, "routes": self.routes.SerializeToString().hex()}, f)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(new, self.path)
 
 
@@ -72,6 +85,7 @@ class Gateway(gateway_pb2_grpc.GatewayServiceServicer, gateway_pb2_grpc.FrontSer
         if request.term == self.state.highest_term and request.generation < self.state.generation:
             return self._rejected(Rejected.REASON_STALE_GENERATION, f"generation {self.state.generation} is in force")
         names = [p.model.name for p in request.pools]
+        self.state.hear(request.term)
         if len(set(names)) != len(names):
             return self._rejected(Rejected.REASON_INVALID, "pools: two pools serve a model of the same name")
         self.state.obey(request)
