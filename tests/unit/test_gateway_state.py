@@ -7,7 +7,7 @@ from nitsum_gateway.service import State
 
 
 def routes(term: int, generation: int) -> gateway_pb2.ApplyRoutesRequest:
-    return gateway_pb2.ApplyRoutesRequest(contract_version=1, term=term, generation=generation, pools=[gateway_pb2.PoolRoute()])
+    return gateway_pb2.ApplyRoutesRequest(contract_version="1", term=term, generation=generation, pools=[gateway_pb2.PoolRoute()])
 
 
 def test_routes_and_term_outlive_a_restart(tmp_path: Path) -> None:
