@@ -32,7 +32,14 @@ class FakeNode(node_pb2_grpc.NodeServiceServicer):
     """Ends each stream as moved after this many of its tokens, to the successor `to`, once a stream; 0: never."""
     to: str = ""
     refuse: Any = None
-    """Refused reason for every submission."""
+    """Refused reason for every submission after the first `refuse_after`."""
+    refuse_after: int = 0
+    longest: int = 0
+    """Stops a stream after so many tokens; 0: never."""
+    hold: bool = False
+    """Takes submissions and says nothing more, as a long queue does."""
+    attached: int = 0
+    """Gateways on the line now."""
     submits: list[node_pb2.Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     port: int = 0
@@ -72,6 +79,7 @@ class FakeNode(node_pb2_grpc.NodeServiceServicer):
                     running[r.abort.request_id].cancel()
 
         reader = asyncio.create_task(read())
+        self.attached += 1
         try:
             while True:
                 try:
@@ -79,13 +87,16 @@ class FakeNode(node_pb2_grpc.NodeServiceServicer):
                 except TimeoutError:
                     yield self.view()
         finally:
+            self.attached -= 1
             for t in (reader, *running.values()):
                 t.cancel()
 
     async def _generate(self, s: node_pb2.Submit, out: "asyncio.Queue[node_pb2.AttachResponse]") -> None:
-        if self.refuse is not None:
+        if self.refuse is not None and len(self.submits) > self.refuse_after:
             refused = node_pb2.Refused(request_id=s.request_id, reason=self.refuse, message="as the test says", retry_after_ms=700)
             return out.put_nowait(node_pb2.AttachResponse(refused=refused))
+        if self.hold and s.group_id == (self.to or self.group_id):
+            await asyncio.sleep(600)
         ids, made = list(s.input_ids), 0
         while True:
             delta = node_pb2.TokenDelta(request_id=s.request_id, token_ids=[next_token(ids)], prompt_tokens=len(s.input_ids) - s.resume_k)
@@ -95,6 +106,8 @@ class FakeNode(node_pb2_grpc.NodeServiceServicer):
             delta.completion_tokens = total
             if total >= s.sampling.max_new_tokens:
                 delta.finish.kind = Finish.KIND_LENGTH
+            elif self.longest and total >= self.longest:
+                delta.finish.kind = Finish.KIND_STOP
             elif self.move_after and not s.resume_k and made == self.move_after:
                 delta.finish.CopyFrom(
                     Finish(kind=Finish.KIND_MOVED, successors=[node_pb2.Successor(group_id=self.to or self.group_id, epoch=self.epoch)])

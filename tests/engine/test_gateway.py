@@ -3,11 +3,13 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
 
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
@@ -25,9 +28,11 @@ from nitsum_api.types.v1 import types_pb2
 from nitsum_sglang.testing.models import tiny_llama
 from nitsum_sglang.testing.stock import free_port
 
+from . import hostile
 from .fake_node import FakeNode
 
 MODEL = "tiny"
+FUZZ_EXAMPLES = int(os.environ.get("NITSUM_FUZZ_EXAMPLES", "200"))
 POOL = types_pb2.PoolRef(name="default/chat", uid="u1")
 TIERS = [types_pb2.Tier(name="fast", ttft_ms=5000, tpot_ms=500, is_default=True), types_pb2.Tier(name="batch")]
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -42,8 +47,12 @@ class Gateway:
             d.mkdir()
             for name, data in issue(ca, Identity(role, "test"), ("localhost",)).items():
                 (d / name).write_bytes(data)
+        self.start()
+
+    def start(self) -> None:
+        folder = self.folder
         flags = f"--listen 127.0.0.1:{self.port} --control-listen 127.0.0.1:{self.control_port} --tls-dir {folder}/gateway"
-        with (folder / "gateway.log").open("wb") as log:
+        with (folder / "gateway.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nitsum_gateway.main", *flags.split(), "--state-dir", f"{folder}/state", "--gateway-id", "gw"],
                 stdout=log,
@@ -201,6 +210,7 @@ async def test_refusals_reach_the_client_as_openai_errors(gateway: Gateway) -> N
         full.refuse = node_pb2.Refused.REASON_TOO_LONG
         r = await client.post("/v1/completions", json={"model": MODEL, "prompt": "x"})
         assert (r.status_code, r.json()["error"]["message"]) == (400, "as the test says")
+        assert r.json()["error"]["code"] == "context_length_exceeded"
 
 
 async def test_bad_requests(gateway: Gateway) -> None:
@@ -220,11 +230,69 @@ async def test_bad_requests(gateway: Gateway) -> None:
             assert r.status_code == status, (body, r.status_code, r.text)
             if code:
                 assert r.json()["error"]["code"] == code, r.text
-        for path in ("/flush_cache", "/pause_generation", "/get_server_info", "/generate"):
-            assert (await client.post(path, json={})).status_code == 404
+        for path in (
+            "/flush_cache", "/pause_generation", "/get_server_info", "/generate", "/v1/embeddings", "/v1/responses", "/v1/messages",
+            "/v1/../flush_cache", "//flush_cache", "/v1/completions/../../abort_request", "/v1/chat/completions%00", "/docs",
+        ):  # fmt: skip
+            r = await client.post(path, json={})
+            assert (r.status_code, r.json()["error"]["code"]) == (404, "not_found"), (path, r.text)
+        for method, path in (
+            ("GET", "/v1/completions"),
+            ("PUT", "/v1/chat/completions"),
+            ("OPTIONS", "/v1/models"),
+            ("POST", "/v1/models"),
+        ):
+            r = await client.request(method, path)
+            assert (r.status_code, r.json()["error"]["code"]) == (405, "method_not_allowed"), (method, path, r.text)
+        assert (await client.head("/v1/models")).status_code == 200
+        assert [(await client.get(p)).status_code for p in ("/healthz", "/readyz")] == [200, 200]
         assert [m["id"] for m in (await client.get("/v1/models")).json()["data"]] == [MODEL]
         assert (await client.post("/tokenize", json={"model": MODEL, "prompt": "hello"})).json()["count"] > 0
         assert (await stream(client, *COMPLETION))[2] == 60
+
+
+async def test_no_request_reaches_private_fields_or_ends_the_front(gateway: Gateway) -> None:
+    """Hostile bodies through the real listener, allow-list, SGLang server, tokenizer, router and line; the node sees what came through."""
+    node = await FakeNode(gateway.folder / "host", step_s=0, longest=6).start()
+    await use(gateway, node)
+    front = _front_of(gateway.process.pid)
+    context = ssl.create_default_context(cafile=str(gateway.folder / "gateway" / "ca.crt"))
+    answers: Counter[int] = Counter()
+
+    @settings(max_examples=FUZZ_EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(hostile.requests(MODEL))
+    def fuzz(client: httpx.Client, request_: tuple[str, bytes]) -> None:
+        path, body = request_
+        r = client.post(path, content=body, headers={"content-type": "application/json"})
+        answers[r.status_code] += 1
+        if r.status_code != 200:
+            assert r.status_code in (400, 404, 413), (path, body[:400], r.status_code, r.text[:400])
+            assert set(r.json()["error"]) == {"message", "type", "param", "code"}, (path, body[:400], r.text[:400])
+        for line in r.text.splitlines():
+            if line.startswith("data: {") and (e := json.loads(line[6:]).get("error")):
+                assert e["code"] == 400, (path, body[:400], line[:400])
+
+    def run() -> None:
+        with httpx.Client(base_url=f"https://localhost:{gateway.port}", verify=context, timeout=60) as client:
+            fuzz(client)
+
+    await asyncio.to_thread(run)
+    assert answers[200] > FUZZ_EXAMPLES // 20, answers
+    assert answers[400] > FUZZ_EXAMPLES // 20, answers
+    assert node.submits
+    for s in node.submits:
+        assert s.tier in ("fast", "batch")
+        assert (s.resume_k, s.suspect, s.queue_ms) == (0, False, 0)
+        assert s.input_ids
+        assert len(s.input_ids) + s.sampling.max_new_tokens <= 2048 + 1
+        assert 0 <= s.sampling.temperature <= 2
+        assert s.logprobs.top <= 20
+        assert len(s.cache_salt) <= 256
+        assert not s.sampling.stop_regex
+        assert all(abs(b) <= 100 for b in s.sampling.logit_bias.values())
+    assert _front_of(gateway.process.pid) == front
+    async with gateway.client() as client:
+        assert (await stream(client, *COMPLETION))[1] == "stop"
 
 
 async def test_tiers_and_demand(gateway: Gateway) -> None:
@@ -259,6 +327,42 @@ async def test_a_client_that_leaves_is_aborted_at_the_node(gateway: Gateway) -> 
                 await asyncio.sleep(0.1)
 
 
+@pytest.mark.parametrize("body", [{}, {"stream": True}, {"stream": True, "n": 3}, {"n": 3}], ids=["whole", "stream", "stream-n", "n"])
+@pytest.mark.parametrize("to", ["", "q-1"], ids=["queued", "moved-into-a-queue"])
+async def test_a_client_that_leaves_a_queue_is_aborted_there(gateway: Gateway, body: dict[str, Any], to: str) -> None:
+    """It has seen no byte yet, or a stream that stands still in the middle of a move."""
+    node = await FakeNode(gateway.folder / "host", group_id="q-0", hold=True, to=to, move_after=3 if to else 0).start()
+    await use(gateway, node)
+    n = int(body.get("n", 1))
+    async with gateway.client() as client:
+        task = asyncio.create_task(client.post("/v1/completions", json={"model": MODEL, "prompt": "x", "max_tokens": 50, **body}))
+        async with asyncio.timeout(20):
+            while sum(s.group_id == (to or "q-0") for s in node.submits) < n:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        task.cancel()
+        async with asyncio.timeout(20):
+            while len(node.aborted) < n:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            while not re.search(  # noqa: ASYNC110
+                r'nitsum_gateway_in_flight{pool="default/chat",tier="fast"} 0.0', (await client.get("/metrics")).text
+            ):
+                await asyncio.sleep(0.2)
+
+
+async def test_one_refused_choice_ends_its_siblings(gateway: Gateway) -> None:
+    node = await FakeNode(gateway.folder / "host", group_id="s-0", refuse=node_pb2.Refused.REASON_FULL, refuse_after=2, step_s=0.05).start()
+    await use(gateway, node)
+    async with gateway.client() as client:
+        for extra in ({}, {"stream": True}):
+            node.submits.clear(), node.aborted.clear()
+            r = await client.post("/v1/completions", json={"model": MODEL, "prompt": "x", "max_tokens": 1000, "n": 3, **extra})
+            assert r.status_code == 429 or '"error"' in r.text, (extra, r.status_code, r.text[-500:])
+            assert 'finish_reason":"length' not in r.text
+            async with asyncio.timeout(20):
+                while len(node.aborted) < 2:  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
+
+
 async def test_a_lower_term_and_a_stale_generation_are_refused(gateway: Gateway) -> None:
     Rejected = gateway_pb2.ApplyRoutesResponse.Rejected
     node = FakeNode(gateway.folder / "host", port=1)
@@ -285,7 +389,84 @@ def _children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def _lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def _command(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def _front_of(gateway_pid: int) -> int:
     (zygote,) = _children(gateway_pid)
-    (front,) = [c for c in _children(zygote) if Path(f"/proc/{c}/cmdline").read_bytes().startswith(b"nitsum-front")]
+    (front,) = [c for c in _children(zygote) if _command(c).startswith(b"nitsum-front")]
     return front
+
+
+async def test_a_front_that_dies_in_the_middle_of_a_stream_says_so_and_leaves_nothing_behind(gateway: Gateway) -> None:
+    node = await FakeNode(gateway.folder / "host", step_s=0.05).start()
+    await use(gateway, node)
+    front = _front_of(gateway.process.pid)
+    family = [front, *_children(front)]
+    body = {"model": MODEL, "prompt": "x", "max_tokens": 2000, "stream": True}
+    async with gateway.client() as client, client.stream("POST", "/v1/completions", json=body) as r:
+        assert r.status_code == 200
+        lines = []
+        async for line in r.aiter_lines():
+            lines.append(line)
+            if len(lines) == 5:
+                os.kill(front, signal.SIGKILL)
+    assert [json.loads(x[6:])["error"]["code"] for x in lines if "error" in x] == ["stream_broken"]
+    assert "data: [DONE]" not in lines
+    async with asyncio.timeout(30):
+        while any(map(_lives, family)):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert not set(family) & set(_children(gateway.process.pid))
+    await _serves_again(gateway)
+    assert node.attached == 1
+
+
+@pytest.mark.parametrize("child", ["router", "detokenizer"])
+async def test_a_part_of_a_front_that_dies_takes_the_front_along(gateway: Gateway, child: str) -> None:
+    node = await FakeNode(gateway.folder / "host").start()
+    await use(gateway, node)
+    front = _front_of(gateway.process.pid)
+    parts = [c for c in _children(front) if b"resource_tracker" not in _command(c)]
+    assert len(parts) == 2, [_command(c) for c in parts]
+    os.kill(min(parts) if child == "router" else max(parts), signal.SIGKILL)
+    async with asyncio.timeout(30):
+        while _lives(front):  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    await _serves_again(gateway)
+
+
+async def test_a_gateway_started_again_serves_its_last_routes_without_an_operator(gateway: Gateway) -> None:
+    """And one that is killed leaves no process."""
+    node = await FakeNode(gateway.folder / "host").start()
+    await use(gateway, node)
+    (zygote,) = _children(gateway.process.pid)
+    family = [zygote, *_children(zygote), *_children(_front_of(gateway.process.pid))]
+    os.kill(gateway.process.pid, signal.SIGKILL)
+    gateway.process.wait()
+    gateway.start()
+    async with gateway.client() as client, asyncio.timeout(30):
+        while True:
+            try:
+                assert (await client.get("/readyz")).status_code == 503
+                break
+            except httpx.HTTPError:
+                await asyncio.sleep(0.1)
+    await _serves_again(gateway, 150)
+    async with gateway.client() as client:
+        assert (await client.get("/readyz")).status_code == 200
+    assert not [pid for pid in family if _lives(pid)]
+
+
+async def _serves_again(gateway: Gateway, seconds: float = 60) -> None:
+    async with gateway.client() as client, asyncio.timeout(seconds):
+        while True:
+            r = await client.post("/v1/completions", json={"model": MODEL, "prompt": "x", "max_tokens": 2})
+            if r.status_code == 200:
+                return
+            assert r.status_code == 503, r.text
+            await asyncio.sleep(0.2)
