@@ -77,6 +77,8 @@ async def tls_folder(api: Any, secret: str, folder: Path, namespace: str = NAMES
     return _write_folder(folder, data)
 
 
+TAINT = {"key": "nitsum.io/no-kubelet", "effect": "NoSchedule"}
+"""Not a cordon, which the operator heeds: a scheduler shall keep its pods away, for there is no kubelet."""
 _KEYS = ("ca.crt", "tls.crt", "tls.key")
 
 
@@ -110,7 +112,7 @@ def create_node(api: Any, name: str, gpus: int, labels: Mapping[str, str] | None
     try:
         # Unschedulable: no kubelet would run the pods of others.
         metadata = {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}
-        core.create_node({"metadata": metadata, "spec": {"unschedulable": True}}, _request_timeout=10)
+        core.create_node({"metadata": metadata, "spec": {"taints": [TAINT]}}, _request_timeout=10)
     except client.ApiException as e:
         if e.status != 409:
             raise

@@ -5,6 +5,7 @@ Nothing is lost that has a client and a host to run on, nothing is repeated, and
 
 import asyncio
 import contextlib
+import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -41,31 +42,39 @@ KILLS = [
 ]
 
 
-def folder(system: System, kill: Kill) -> Path:
-    """Where a file `fault` arms the process."""
+def folders(system: System, kill: Kill) -> list[Path]:
+    """Where a file `fault` arms a process. Of engines any of the new layout's will do: a flip resumes streams where there are some."""
     if kill.process == "engine":
-        (found,) = (system.stage.run_dir / NODE / "h/e").glob(f"default.tiny-tp{kill.tp_size}-0-*")
-        return found
-    return system.stage.fault_dir(kill.process)
+        return sorted(system.stage.run_dir.glob(f"*/h/e/default.tiny-tp{kill.tp_size}-*"))
+    return [system.stage.fault_dir(kill.process)]
+
+
+def note_died(system: System, kill: Kill, where: Path) -> None:
+    """The engines that died with it, unless an earlier kill ended them."""
+    now = time.monotonic()
+    for file in [where / "awake.jsonl"] if kill.process == "engine" else system.stage.run_dir.glob(f"{NODE}/h/e/*/awake.jsonl"):
+        for line in file.read_text().splitlines() if kill.process == "engine" or kill.process.endswith(".host") else ():
+            system.died.setdefault(json.loads(line)["pid"], now)
 
 
 @contextlib.asynccontextmanager
 async def armed(system: System, kill: Kill) -> AsyncIterator[None]:
-    """Fails unless the process died at its point. Notes which engines died with it, and when."""
-    where = folder(system, kill)
-    trigger, done = where / "fault", where / f"fault.{kill.point}.done"
-    trigger.write_text(kill.point)
+    """Fails unless a process died at the point."""
+    places = folders(system, kill)
+    assert places, f"nothing to arm for {kill}"
+    for where in places:
+        (where / "fault").write_text(kill.point)
 
     async def watch() -> None:
         async def fired() -> bool:
-            return done.exists() or not trigger.exists()
+            return any(not (where / "fault").exists() for where in places)
 
         await wait_until(fired, f"{kill.process} dies at {kill.point}", 600, poll_s=0.02)
-        now = time.monotonic()
-        for line in system.stage.awake_lines():
-            on_node = line["gpus"][0].startswith(NODE)
-            if on_node and (kill.process.endswith(".host") or (kill.process == "engine" and line["engine"] == where.name)):
-                system.died.setdefault(line["pid"], now)  # a pid that an earlier kill ended died then, not now
+        for where in places:
+            if (where / "fault").exists():
+                (where / "fault").unlink(missing_ok=True)
+            else:
+                note_died(system, kill, where)
 
     watching = asyncio.create_task(watch())
     try:
@@ -73,7 +82,8 @@ async def armed(system: System, kill: Kill) -> AsyncIterator[None]:
         assert watching.done(), f"{kill.process} never came to {kill.point}\n{system.logs()}"
     finally:
         watching.cancel()
-        trigger.unlink(missing_ok=True)
+        for where in places:
+            (where / "fault").unlink(missing_ok=True)
 
 
 @pytest.mark.timeout(900)

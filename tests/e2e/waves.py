@@ -8,32 +8,44 @@ import pytest
 from .conftest import MAX_TOKENS, Expected, System
 from .kinds import KINDS, Seen, body, call
 
-WAVES_MAX = 40
+WAVES_MAX = 60
+"""Of each kind."""
+POLL_S = 0.3
 Wave = dict[str, Seen]
+"""By kind."""
 
 
-async def wave(system: System, client: httpx.AsyncClient, tier: str, stop: str) -> Wave:
-    """Every kind at once, for one tier."""
-    calls = (call(client, *body(kind, system.model, MAX_TOKENS, stop), headers={"x-nitsum-tier": tier}) for kind in KINDS)
-    return dict(zip(KINDS, await asyncio.gather(*calls), strict=True))
+async def stream_again(system: System, client: httpx.AsyncClient, kind: str, tier: str, stop: str, enough: asyncio.Event) -> list[Wave]:
+    """One kind of stream after another, until `enough` and one more that began after it."""
+    path, request = body(kind, system.model, MAX_TOKENS, stop)
+    seen: list[Wave] = []
+    last = False
+    while not last and len(seen) < WAVES_MAX:
+        last = enough.is_set()
+        seen.append({kind: await call(client, path, request, headers={"x-nitsum-tier": tier})})
+    return seen
 
 
 async def waves_until(system: System, client: httpx.AsyncClient, tier: str, stop: str, tp_size: int) -> list[Wave]:
-    """Wave after wave, until the layout is all of `tp_size` and one more wave has seen it."""
-    seen: list[Wave] = []
-    for _ in range(WAVES_MAX):
+    """Every kind at once, each over and over without waiting for the others, so that streams run whenever a flip comes; until the layout
+    is all of `tp_size` and each kind has seen it."""
+    enough = asyncio.Event()
+    running = asyncio.gather(*(stream_again(system, client, kind, tier, stop, enough) for kind in KINDS))
+    while not running.done():
         await system.watch.refresh()
-        there = system.watch.settled and system.watch.status.get("layout") == f"{4 // tp_size}xTP{tp_size}"
-        seen.append(await wave(system, client, tier, stop))
-        if there:
-            return seen
-    raise AssertionError(f"{WAVES_MAX} waves of {tier}, and the layout is not TP{tp_size}\n{system.logs()}")
+        if system.watch.settled and system.watch.status.get("layout") == f"{4 // tp_size}xTP{tp_size}":
+            enough.set()
+            break
+        await asyncio.wait([running], timeout=POLL_S)
+    seen = [wave for waves in await running for wave in waves]
+    assert enough.is_set(), f"{len(seen)} streams of {tier}, and the layout is not TP{tp_size}\n{system.logs()}"
+    return seen
 
 
 def assert_equal(waves: list[Wave], expected: Expected, system: System) -> None:
     """Every stream of every wave, token for token; logprobs within what float32 sums differ by."""
     wrong = [
-        f"wave {i}, {kind}: {s.differs(expected.seen[kind])}"
+        f"stream {i}, {kind}: {s.differs(expected.seen[kind])}"
         for i, w in enumerate(waves)
         for kind, s in w.items()
         if s.key() != expected.seen[kind].key()

@@ -1,6 +1,7 @@
 """Dies at a named point, once: for tests that kill an engine where it hurts.
 
-The point's name stands in NITSUM_FAULT, or in the file `fault` of the engine's state folder, which may be written while it runs.
+The point's name stands in NITSUM_FAULT, or in the file `fault` of the engine's state folder, which may be written while it runs and is
+removed as it fires.
 """
 
 import os
@@ -15,9 +16,13 @@ def visit(point: FaultPoint) -> None:
     if not state_dir:
         return
     armed, done = Path(state_dir, "fault"), Path(state_dir, f"fault.{point}.done")
-    if done.exists():
-        return
-    if os.environ.get("NITSUM_FAULT") != point and not (armed.exists() and armed.read_text().strip() == point):
-        return
-    done.touch()
+    if os.environ.get("NITSUM_FAULT") == point and not done.exists():
+        done.touch()
+    else:
+        try:
+            if armed.read_text().strip() != point:
+                return
+            armed.unlink()  # every rank comes by; the first one dies, and the others with it
+        except FileNotFoundError:
+            return
     os.kill(os.getpid(), signal.SIGKILL)
