@@ -53,7 +53,7 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
             process.wait(30)
 
 
-def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 180) -> None:
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 300) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the stock server ended:\n{log.read_text()[-3000:]}"
