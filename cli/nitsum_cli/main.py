@@ -12,3 +12,7 @@ app.command("profiles")(profiles.command)
 @app.callback()
 def main() -> None:
     """So that a single command keeps its name."""
+
+
+if __name__ == "__main__":
+    app()

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from nitsum.errors import InvalidSpec, NitsumError
 from nitsum.perf.profile import Profile, dump, parse
+from nitsum_cli import measure, modelled
 
 
 def _tp_sizes(text: str) -> tuple[int, ...]:
@@ -55,16 +56,12 @@ def command(
 def _make(console: Console, model: str, gpu: str, tp: str, config: Path | None, url: str, api_key_env: str, quick: bool) -> Profile:
     say = lambda text: console.print(text, markup=False, soft_wrap=True)  # noqa: E731
     if url:
-        from nitsum_cli import measure
-
         if tp:
             raise InvalidSpec("--tp", "an engine has the TP that it was started with; measure each and --merge")
         return measure.profile(url, model, gpu, api_key_env, quick, say)
     for name, value in (("--model", model), ("--gpu", gpu)):
         if not value:
             raise InvalidSpec(name, "is needed, unless --from-engine names a live engine")
-    from nitsum_cli import modelled
-
     return modelled.profile(model, gpu, _tp_sizes(tp), config, say)
 
 
