@@ -1,6 +1,7 @@
 """The commands as a user types them, and the arithmetic of the measuring plan."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_bad_requests_end_with_2_and_name_the_option(tmp_path: Path, asked: list
     assert shown.exit_code == 2
     assert says in shown.stderr
     assert not (tmp_path / "p.json").exists()
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
+    shown = run.invoke(app, ["profile", "--model", "Qwen/Qwen3-8B", "--gpu", "h100", "--out", str(tmp_path / "p.json")])
+    assert shown.exit_code == 2
+    assert "install nitsum[profile], or measure with --from-engine" in shown.stderr
 
 
 def test_gaps_count_only_where_all_streams_run() -> None:
