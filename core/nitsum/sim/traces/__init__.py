@@ -1,16 +1,16 @@
 """Recorded traffic: pure parsers over lines. What is wrong in a file is counted over all of it, then raised; nothing is mended in silence."""
 
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nitsum.errors import InvalidSpec
 
 FORMATS = ("azure", "mooncake", "servegen")
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Floats: TypeAlias = Any
+"""A numpy array of float64; numpy is not typed here."""
+Ints: TypeAlias = Any
 
 
 @dataclass(frozen=True)

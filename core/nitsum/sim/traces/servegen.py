@@ -6,6 +6,7 @@ stationary renewal process (its first gap is a residual one), so that counts are
 """
 
 import ast
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -184,5 +185,5 @@ def parse(lines: Iterable[str], name: str) -> Parameters:
         clients.append(Client(windows, tuple(sorted(lengths, key=lambda x: x[0]))))
     problems.check(len(clients))
     ordered = sorted(starts)
-    window_s = min((b - a for a, b in zip(ordered, ordered[1:], strict=False)), default=600.0)
+    window_s = min((b - a for a, b in itertools.pairwise(ordered)), default=600.0)
     return Parameters(name, tuple(clients), window_s, ordered[-1] + window_s)
