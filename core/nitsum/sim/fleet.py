@@ -27,7 +27,7 @@ from nitsum.sim.group import Key, Live, SimGroup
 from nitsum.sim.policies import Policy
 from nitsum.sim.request import Request
 from nitsum.sim.result import Ending, LayoutAt, Outcome, RunResult
-from nitsum.sim.steptimes import StepTimes
+from nitsum.sim.steptimes import QuickModel
 from nitsum.topology import Node
 
 ADMISSIONS = {
@@ -63,14 +63,13 @@ class _Node:
 
 class Fleet:
     def __init__(self, policy: Policy, nodes: Iterable[Node], model: StepTimeModel, traffic: Traffic, gateways: int = 2) -> None:
-        self.policy, self.pool, self.model, self.traffic = policy, policy.pool, model, traffic
+        self.policy, self.pool, self.model, self.traffic = policy, policy.pool, QuickModel(model), traffic
         self.nodes = {n.agent_id: _Node(n) for n in sorted(nodes, key=lambda n: n.agent_id)}
         tiers = tuple(t.name for t in self.pool.tiers)
         self.background = {t.name: t.background for t in self.pool.tiers}
         self.gateways = [Gateway(f"gateway-{i}", self.pool.name, tiers) for i in range(gateways)]
         self.estimator = DemandEstimator()
         self.foresight = Foresight(self.pool.name, tiers, traffic) if policy.foresight_s else None
-        self.times: dict[int, StepTimes] = {}
         self.outcomes: list[Outcome | None] = [None] * len(traffic.requests)
         self.left = len(traffic.requests)
         self.layouts: list[LayoutAt] = []
@@ -365,7 +364,7 @@ class Fleet:
             self._sleep(n, g)
         n.epoch += 1
         for group in fresh:
-            self._place(n, group, open_=pause_s <= 0)
+            self._place(n, group)
         for g, live in gone:
             self._moved(n, g, live)
         self._check()
@@ -394,12 +393,12 @@ class Fleet:
         self._record()
 
     def _wake(self, n: _Node, group: Group) -> None:
-        self._open(self._place(n, group, open_=True))
+        self._open(self._place(n, group))
+        self._record()
 
-    def _place(self, n: _Node, group: Group, open_: bool) -> SimGroup:
-        times = self.times.setdefault(group.tp_size, StepTimes(self.model, group.tp_size))
-        engine = Engine(times, self._kv(group), self.policy.limits(group))
-        g = SimGroup((n.node.agent_id, group.group_id), group, n.epoch, engine, Ledger(group.capacity, group.shares, engine.kv_tokens), open_)
+    def _place(self, n: _Node, group: Group) -> SimGroup:
+        engine = Engine(self.model.times[group.tp_size], self._kv(group), self.policy.limits(group))
+        g = SimGroup((n.node.agent_id, group.group_id), group, n.epoch, engine, Ledger(group.capacity, group.shares, engine.kv_tokens))
         g.serve(group, engine.kv_tokens if self.policy.planner else 0)
         n.groups[group.group_id] = g
         self._news(g)
@@ -422,7 +421,8 @@ class Fleet:
         assert g.engine.next_at == NEVER, "an engine sleeps at work"
         if g.open:
             for uuid in g.group.gpu_uuids:
-                assert self._awake.pop(uuid) == g.key
+                assert self._awake[uuid] == g.key, (uuid, g.key)
+                del self._awake[uuid]
             self._groups.remove(g)
         g.open, g.closing = False, True
         g.lives = {}

@@ -35,7 +35,7 @@ class SimGroup:
     epoch: int
     engine: Engine
     ledger: Ledger
-    open: bool = True
+    open: bool = False
     closing: bool = False
     due_at: float = -1.0
     tiers: frozenset[str] = frozenset()

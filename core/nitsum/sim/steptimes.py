@@ -89,3 +89,23 @@ class StepTimes:
                 self._mixed.clear()
             found = self._mixed[key] = self.model.mixed_ms(self.tp_size, key[0], batch, max(key[2], 1))
         return found + sum(self.prefill(n, cached) - self.prefill(n) for n, cached in parts if cached)
+
+
+class QuickModel:
+    """Implements StepTimeModel: `model` read through StepTimes, so that a planner that asks often is answered quickly."""
+
+    def __init__(self, model: StepTimeModel) -> None:
+        self.model, self.name, self.origin, self.tp_sizes = model, getattr(model, "name", "?"), model.origin, model.tp_sizes
+        self.times = {tp: StepTimes(model, tp) for tp in model.tp_sizes}
+
+    def prefill_ms(self, tp_size: int, chunk: int, ctx: int = 0) -> float:
+        return self.times[tp_size].prefill(chunk, ctx)
+
+    def decode_ms(self, tp_size: int, batch: int, ctx: int) -> float:
+        return self.times[tp_size].decode(batch, ctx)
+
+    def mixed_ms(self, tp_size: int, chunk: int, batch: int, ctx: int) -> float:
+        return self.times[tp_size].mixed([(chunk, 0)], batch, ctx)
+
+    def kv_capacity_tokens(self, tp_size: int, resident_tp: tuple[int, ...]) -> int:
+        return self.model.kv_capacity_tokens(tp_size, resident_tp)

@@ -10,7 +10,7 @@ from nitsum.perf import FlipCost, StepTimeModel
 from nitsum.planner import Planner, PlannerSettings
 from nitsum.planner.v0 import plan
 from nitsum.pool import AdaptationMode, Pool
-from nitsum.sim.policies import Policy
+from nitsum.sim.policies import Policy, standing
 from nitsum.sim.policies.layouts import uniform
 from nitsum.topology import Node
 
@@ -59,7 +59,7 @@ def _plain(s: Setting, name: str, tp_size: int) -> Policy:
 
 def _static(s: Setting, name: str, tp_size: int) -> Policy:
     first = uniform(s.pool, s.nodes, tp_size, f"policy {name}")
-    return Policy(name, _fixed(s, tp_size, AdaptationMode.FROZEN), s.flip_cost, (tp_size,), s.planner, first, s.settings)
+    return Policy(name, _fixed(s, tp_size, AdaptationMode.FROZEN), s.flip_cost, (tp_size,), standing.plan, first, s.settings)
 
 
 def _resplit(s: Setting, name: str, tp_size: int) -> Policy:
