@@ -199,7 +199,8 @@ class Engine:
             self.next_at = now + took / 1e3
             return
         if not self.running:
-            assert not self.waiting and self._cut is None, "an idle engine leaves requests waiting"
+            assert not self.waiting, "an idle engine leaves requests waiting"
+            assert self._cut is None, "an idle engine leaves a prompt cut"
             self._work, self.next_at, self._ratio = _Work.IDLE, NEVER, RATIO_INIT
             return
         self._undecayed = self._free() < len(self.running)
@@ -215,7 +216,9 @@ class Engine:
 
     def _free(self) -> int:
         """KV tokens that nothing holds, those of the prefill step that runs counted as held."""
-        return self.kv_tokens - self.held - sum(s.filled for s, _ in self._parts) - (self._cut.filled if self._cut and not self._parts else 0)
+        return (
+            self.kv_tokens - self.held - sum(s.filled for s, _ in self._parts) - (self._cut.filled if self._cut and not self._parts else 0)
+        )
 
     def _estimated(self) -> float:
         """Tokens that the running ones will make yet, by the ratio."""
@@ -308,5 +311,5 @@ class Engine:
         self.waiting.clear()
         self._parts, self._ends, self._cut, self._full = [], [], None, False
         self._work, self.next_at, self._ratio = _Work.IDLE, NEVER, RATIO_INIT
-        assert self.held == 0 and self._promised == 0, (self.held, self._promised)
+        assert (self.held, self._promised) == (0, 0), (self.held, self._promised)
         return left

@@ -1,0 +1,13 @@
+"""`nitsum`: one module per command."""
+
+import typer
+
+from nitsum_cli import simulate
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("simulate")(simulate.simulate)
+
+
+@app.callback()
+def nitsum() -> None:
+    """SLO-tiered serving with tensor parallelism as a run-time knob."""
