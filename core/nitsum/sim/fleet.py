@@ -55,12 +55,8 @@ class _Node:
     draining: list[SimGroup] = field(default_factory=list)
     flipped_at: float | None = None
     epoch: int = 0
-
-    @property
-    def layout(self) -> Layout:
-        if self.wanted is not None:
-            return self.wanted.layout
-        return Layout(tuple(g.group for _, g in sorted(self.groups.items())))
+    layout: Layout = Layout()
+    """What runs, or what a flip leads to."""
 
 
 class Fleet:
@@ -127,6 +123,7 @@ class Fleet:
     def _begin(self) -> None:
         if self.policy.first is not None:
             for agent_id, layout in sorted(self.policy.first.items()):
+                self.nodes[agent_id].layout = layout
                 for g in layout.groups:
                     self._wake(self.nodes[agent_id], g)
         if self.policy.planner is not None:
@@ -306,9 +303,9 @@ class Fleet:
             self._feed(live, routing.Refused(live.stream.hop, 1000))
 
     def _apply(self, n: _Node, wanted: NodePlan) -> None:
-        if n.wanted is not None:
-            return  # one flip at a time on a node
-        n.residency = wanted.residency
+        if n.wanted is not None or wanted.layout is n.layout:
+            return  # one flip at a time on a node; or no news
+        n.residency, n.layout = wanted.residency, wanted.layout
         new = {g.group_id: g for g in wanted.layout.groups}
         kept = {i: g for i, g in n.groups.items() if i in new and new[i].gpu_uuids == g.group.gpu_uuids}
         for i, g in kept.items():
