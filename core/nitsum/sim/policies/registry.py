@@ -10,7 +10,7 @@ from nitsum.perf import FlipCost, StepTimeModel
 from nitsum.planner import Planner, PlannerSettings
 from nitsum.planner.v0 import plan
 from nitsum.pool import AdaptationMode, Pool
-from nitsum.sim.policies import Policy, replicas, standing
+from nitsum.sim.policies import Policy, governor, replicas, standing
 from nitsum.sim.policies.layouts import uniform
 from nitsum.topology import Node
 
@@ -120,16 +120,22 @@ def expand(text: str, s: Setting) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def governed(policy: Policy, s: Setting) -> Policy:
+    """With our governor in its engines, as all have that use our router and admission."""
+    return replace(policy, limits=governor.sized(s.model, s.pool))
+
+
 def build(name: str, s: Setting) -> Policy:
     """Raises InvalidSpec."""
     if name in SIMPLE:
-        return SIMPLE[name](s, name)
+        return governed(SIMPLE[name](s, name), s)
     match = re.fullmatch(r"([a-z]+)-tp([0-9]+)", name)
     if match is None or match[1] not in BY_TP:
         raise InvalidSpec("policy", f"no policy {name!r}; there are {', '.join(NAMES)}")
     if int(match[2]) not in s.tps:
         raise InvalidSpec(f"policy {name}", f"TP {match[2]} is not legal here; legal are {', '.join(map(str, s.tps))}")
-    return BY_TP[match[1]](s, name, int(match[2]))
+    policy = BY_TP[match[1]](s, name, int(match[2]))
+    return policy if policy.planner is None else governed(policy, s)
 
 
 def check(names: tuple[str, ...], s: Setting) -> None:
