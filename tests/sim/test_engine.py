@@ -272,7 +272,9 @@ def test_a_stop_keeps_every_token_that_was_made(at: float, raw: list[tuple[float
         for what, seq in engine.advance():
             if what is Happened.FINISHED:
                 made[seq.rid] = seq.made
+    ran, resident = set(engine.running), engine.resident_at(at)
     left = engine.stop(at)
+    assert resident == sum(s.length - 1 for s in left if s.rid in ran)
     assert engine.next_at == NEVER
     assert engine.count == 0
     assert {*made} | {s.rid for s in left} == set(range(len(raw)))

@@ -158,6 +158,14 @@ def test_synthetic_rates_lengths_and_seed() -> None:
     assert {round(b.arrived - a.arrived, 6) for a, b in zip(clock.requests, clock.requests[1:], strict=False)} == {0.2}
 
 
+def test_too_many_requests_are_refused_before_they_are_made() -> None:
+    rows = [f"2023-11-16 00:00:{i:02}.0,5,6\n" for i in range(60)]
+    traced = {"duration": "1h", "streams": [{"tier": "a", "trace": {"format": "azure", "path": "a.csv"}}]}
+    for raw, scale in ((spec(), 1e6), (traced, 1e6)):
+        with pytest.raises(InvalidSpec, match=r"streams\[0\].rate: more than"):
+            arrivals.build(workload.parse(raw), lambda path: [HEADER, *rows], 1, scale)
+
+
 def test_what_exceeds_the_context_is_left_out_and_counted() -> None:
     t = arrivals.build(workload.parse(spec()), no_files, 1, 1.0, context_length=1200)
     assert t.too_long["a"] > 0

@@ -100,9 +100,11 @@ def _columns(
                 f"{stream.path}.rate", f"{name} has no requests in the simulated stretch, so nothing to scale to {stream.rate}"
             )
         factor = scale * (1.0 if stream.rate is None else stream.rate / recorded if stream.rate else 0.0)
+        _bounded(recorded * factor, duration, stream.path)
         columns, length_s = parameters.draw(start, duration, factor, rng), parameters.length_s
     else:
         trace = azure.parse(lines(name), name) if source.format == "azure" else mooncake.parse(lines(name), name, file_rng)
+        _bounded((trace.rate if stream.rate is None else stream.rate) * scale, duration, stream.path)
         columns, length_s = at_rate(trace, start, duration, stream.rate, scale, rng), trace.length_s
         notes += trace.notes
     if start + duration > length_s:
@@ -110,9 +112,9 @@ def _columns(
     return columns, notes
 
 
-def _expected(stream: StreamSpec, workload: Workload, scale: float) -> None:
-    if stream.rate is not None and stream.rate * scale * workload.duration_s > REQUESTS_MAX:
-        raise InvalidSpec(f"{stream.path}.rate", f"more than {REQUESTS_MAX} requests; lower the rate, the scale or the duration")
+def _bounded(rate: float, duration_s: float, path: str) -> None:
+    if rate * duration_s > REQUESTS_MAX:
+        raise InvalidSpec(f"{path}.rate", f"more than {REQUESTS_MAX} requests; lower the rate, the scale or the duration")
 
 
 def build(workload: Workload, lines: Lines, seed: int, scale: float = 1.0, context_length: int = 0) -> Traffic:
@@ -121,7 +123,7 @@ def build(workload: Workload, lines: Lines, seed: int, scale: float = 1.0, conte
     too_long: Counter[str] = Counter()
     notes: list[str] = []
     for i, stream in enumerate(workload.streams):
-        _expected(stream, workload, scale)
+        _bounded((stream.rate or 0.0) * scale, workload.duration_s, stream.path)
         rng = np.random.default_rng([seed, i])
         # How ticks are spread depends on the file alone: two streams of one trace see the same recording.
         file = zlib.crc32(stream.source.path.encode()) if isinstance(stream.source, TraceSource) else 0

@@ -95,8 +95,19 @@ class Engine:
 
     @property
     def resident_tokens(self) -> int:
-        """As of the last event: a decode run that is under way has made more."""
+        """As of the last event; see `resident_at`."""
         return self.held + (self._cut.filled if self._cut else 0)
+
+    def resident_at(self, now: float) -> int:
+        """KV tokens of what runs, those of a decode run that is under way among them."""
+        return self.resident_tokens + self._made_since(now) * len(self.running)
+
+    def _made_since(self, now: float) -> int:
+        """Whole steps of the decode run that have ended; one that is due now ends by `advance`."""
+        if self._work is not _Work.DECODE:
+            return 0
+        done = self.times.steps_within(len(self.running), self._ctx(), self._run, (now - self._since) * 1e3)
+        return min(done, self._run - 1)
 
     @property
     def count(self) -> int:
@@ -311,11 +322,9 @@ class Engine:
 
     def stop(self, now: float) -> list[Seq]:
         """Everything leaves, with the tokens it has made by now; a step that is under way is lost."""
-        if self._work is _Work.DECODE:
-            done = self.times.steps_within(len(self.running), self._ctx(), self._run, (now - self._since) * 1e3)
-            done = min(done, self._run - 1)  # a run that is due now ends by `advance`
-            self.steps += done
-            self.held += done * len(self.running)
+        done = self._made_since(now)
+        self.steps += done
+        self.held += done * len(self.running)
         if self._work is not _Work.IDLE:
             self.busy_s += now - self._since
         left = [self._leave(rid) for rid in list(self.running)]

@@ -293,7 +293,7 @@ class Fleet:
         self._at(self.now + policy.interval_s, lambda: self._cycle(policy.interval_s))
 
     def _view(self, n: _Node) -> NodeView:
-        tokens = {g.group.group_id: g.engine.resident_tokens for g in n.groups.values()}
+        tokens = {g.group.group_id: g.engine.resident_at(self.now) for g in (*n.groups.values(), *n.ending.values())}
         return NodeView(n.node, n.residency, n.layout, tokens, self.now, n.wanted is not None, True, n.flipped_at)
 
     def _expire(self, g: SimGroup) -> None:
@@ -362,7 +362,7 @@ class Fleet:
         to_tp = max((g.group.tp_size for g in n.groups.values() if not g.open), default=1)
         # KV that is computed again costs its prefill in the engine, below; only what is copied is part of the pause.
         cost = self.policy.flip_cost
-        pauses = [cost.pause_ms(g.engine.resident_tokens if kept else 0, n.wanted.mode, g.group.tp_size, to_tp) for g in ended]
+        pauses = [cost.pause_ms(g.engine.resident_at(self.now) if kept else 0, n.wanted.mode, g.group.tp_size, to_tp) for g in ended]
         pause_s = max(pauses, default=0.0) / 1e3
         gone = []
         for g in ended:
