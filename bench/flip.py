@@ -28,7 +28,6 @@ from work import PROMPT_TOKENS, prompts
 from nitsum_sglang.testing.models import tiny_llama
 from nitsum_sglang.testing.stock import stock_server
 
-
 STOCK_START_S = 600.0
 """On a machine that does much else."""
 
