@@ -83,7 +83,8 @@ def show(out: dict[str, Any]) -> None:
         table.add_row(key, *(str(out[side][f"flip_{n}"].get(key, "")) for side, n in sides))
     console, host, weights = Console(), out["host"], out["client"]["weights"]
     console.print(table)
-    console.print(f"stock restart at TP2, bytecode compiled, kill to first token: {out['stock_restart_s']} s")
+    if out["stock_restart_s"]:
+        console.print(f"stock restart at TP2, bytecode compiled, kill to first token: {out['stock_restart_s']} s")
     console.print(
         f"zygote, once a node: {host['zygote_itself_s']} s; engine: TP1 {host['zygote_start_tp1_s']}, TP2 {host['zygote_start_tp2_s']} s"
     )
