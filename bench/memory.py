@@ -28,6 +28,8 @@ def _title(p: psutil.Process) -> str:
     words = p.cmdline()
     if "-m" in words:
         return words[words.index("-m") + 1]
+    if "multiprocessing.resource_tracker" in " ".join(words):
+        return "multiprocessing.resource_tracker"
     return " ".join(words)[:48].strip()
 
 

@@ -20,8 +20,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yields its URL. Takes about half a minute to start on two cores."""
+def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, ...] = (), timeout_s: float = 300) -> Iterator[str]:
+    """Yields its URL. Takes about half a minute to start on two idle cores."""
     port = free_port()
     env = {
         **os.environ,
@@ -45,7 +45,7 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
             [sys.executable, "-m", "sglang.launch_server", *flags, *extra], env=env, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            _wait(f"http://127.0.0.1:{port}", process, folder / "stock.log")
+            _wait(f"http://127.0.0.1:{port}", process, folder / "stock.log", timeout_s)
             yield f"http://127.0.0.1:{port}"
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -53,7 +53,7 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
             process.wait(30)
 
 
-def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float = 300) -> None:
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the stock server ended:\n{log.read_text()[-3000:]}"
