@@ -85,7 +85,7 @@ async def interrupt(phase: Phase, folder: Path, temporary: Path, free: asyncio.S
         assert process.stdout is not None
         said: list[str] = []
         try:
-            async with asyncio.timeout(240):
+            async with asyncio.timeout(420):
                 async for line in process.stdout:
                     said.append(line.decode())
                     if f" {phase}: " in said[-1]:
