@@ -6,9 +6,16 @@ UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv),.nitsum/uv/bin/uv)
 RUN := $(UV) run --no-sync
 unexport PYTHONDONTWRITEBYTECODE
-# The first Python that is new enough; else python3, so that the preflight can say what is wrong with it.
-PYTHON = $(or $(shell for p in .venv/bin/python python3 python3.14 python3.13 python3.12 python3.11; do \
-  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done),python3)
+# The first of them that is new enough: where there is a python3.11, python3 may be an older one or missing.
+PYTHON := $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+NEEDS_PYTHON = $(if $(PYTHON),true,echo "missing: Python 3.11 or later: apt install python3.11"; exit 1)
+# A home that cannot be written, as in some CI: caches go into the checkout.
+ifneq ($(shell c="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$c" 2>/dev/null && test -w "$$c" && echo yes),yes)
+export XDG_CACHE_HOME := $(CURDIR)/.nitsum/cache
+export GOPATH := $(CURDIR)/.nitsum/go
+endif
+.NOTPARALLEL:
 
 .PHONY: help
 help: ## What there is to make
@@ -16,8 +23,14 @@ help: ## What there is to make
 
 .nitsum/uv/bin/uv:
 	@echo "uv is not installed: getting $(UV_VERSION) into .nitsum/uv"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "missing: Python 3.11 or later: apt install python3.11"; exit 1; }
-	@$(PYTHON) -m venv .nitsum/uv && .nitsum/uv/bin/pip install -q uv==$(UV_VERSION)
+	@$(NEEDS_PYTHON)
+	@$(PYTHON) -m venv .nitsum/uv || { echo "missing: Python's venv: apt install $(PYTHON)-venv, or put uv on PATH"; exit 1; }
+	@.nitsum/uv/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
+
+.PHONY: preflight
+preflight: ## What this machine lacks, each with its remedy
+	@$(NEEDS_PYTHON)
+	@PYTHONPATH=local PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m nitsum_local.preflight
 
 .PHONY: sync
 sync: $(if $(filter .nitsum/%,$(UV)),.nitsum/uv/bin/uv) ## The Python environment, as uv.lock says
@@ -34,19 +47,17 @@ lint: sync ## Format, lint, types, import directions, contracts
 	$(RUN) mypy
 	$(RUN) lint-imports
 	$(RUN) buf lint
-	$(RUN) proto/generate.sh >/dev/null 2>&1 && git diff --exit-code --stat -- proto
+	$(RUN) proto/generate.sh --check
+
+.PHONY: binaries
+binaries: sync ## etcd, kube-apiserver, kube-controller-manager, helm: built once, then cached
+	@$(RUN) python -m nitsum_local.binaries >/dev/null
 
 .PHONY: test
-test: lint ## Everything, from lint to the end-to-end test
+test: preflight lint binaries ## Everything, from lint to the end-to-end test
 	$(RUN) pytest tests/unit tests/property tests/golden -n 2 -q
-	@for d in cluster engine e2e; do if compgen -G "tests/$$d/test_*.py" >/dev/null; then $(RUN) pytest tests/$$d -q || exit 1; fi; done
-
-.PHONY: preflight
-preflight: ## What this machine lacks for the demo, each with its remedy
-	@command -v python3 >/dev/null || { echo "missing: Python 3.11 or later: apt install python3.11"; exit 1; }
-	@PYTHONPATH=local $(PYTHON) -m nitsum_local.preflight
+	@for d in cluster engine e2e; do $(RUN) pytest tests/$$d -q || exit 1; done
 
 .PHONY: demo
-demo: preflight ## The main job, live (KEEP=1 stays up)
-	@$(MAKE) --no-print-directory sync
-	@$(RUN) python -m nitsum_local.demo $(if $(KEEP),--keep)
+demo: preflight sync ## The main job, live (KEEP=1 stays up)
+	$(RUN) python -m nitsum_local.demo $(if $(KEEP),--keep)

@@ -2,8 +2,11 @@
 
 import argparse
 import asyncio
+import fcntl
 import logging
+import os
 import signal
+import sys
 from pathlib import Path
 
 import grpc.aio
@@ -13,6 +16,8 @@ from nitsum_api.agent.v1 import agent_pb2_grpc
 from nitsum_api.security import server_credentials, server_options
 
 STOP_GRACE_S = 3.0
+CALLS_MAX = 64
+"""At once; a leader holds three. More are refused, so that streams that nobody closes cannot pile up."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,9 +33,21 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+def alone(state_dir: Path) -> int:
+    """Two agents on one journal would each obey a term that the other refused. Held until the process ends, however it ends."""
+    state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(state_dir / "agent.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"nitsum-agent: another agent uses --state-dir {state_dir}: end it, or give this one a folder of its own")
+    return fd
+
+
 async def serve(args: argparse.Namespace) -> None:
+    alone(args.state_dir)
     agent = Agent(args.agent_id, args.node_name, args.node_group, args.node_address, args.host_socket, args.state_dir)
-    server = grpc.aio.server(options=server_options())
+    server = grpc.aio.server(options=server_options(), maximum_concurrent_rpcs=CALLS_MAX)
     agent_pb2_grpc.add_AgentServiceServicer_to_server(agent, server)
     server.add_secure_port(args.listen, server_credentials(args.tls_dir))
     stop = asyncio.Event()

@@ -12,7 +12,7 @@ import grpc.aio
 from nitsum.faults import FaultPoint
 from nitsum_agent.host_link import HostLink
 from nitsum_agent.journal import Journal
-from nitsum_agent.obedience import Reason, judge, rejected
+from nitsum_agent.obedience import Reason, judge, late, news, rejected, too_late
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
 from nitsum_api.fault import maybe_die
@@ -20,6 +20,8 @@ from nitsum_api.host.v1 import host_pb2
 from nitsum_api.security import require_role
 
 Context = grpc.aio.ServicerContext[Any, Any]
+WAITING_MAX = 8
+DRAIN_MS_MAX = 3_600_000
 INTERVAL_MS_MIN, INTERVAL_MS_MAX = 100, 60_000
 
 
@@ -31,18 +33,20 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         self.host = HostLink(host_socket, self._renew)
         self.problem = ""
         self._turn = asyncio.Lock()  # one directive at a time
+        self._work = set[asyncio.Task[agent_pb2.ApplyResponse]]()
 
-    @property
-    def gpu_uuids(self) -> frozenset[str]:
-        return frozenset(g.uuid for g in self.host.description.gpus) if self.host.description else frozenset()
-
-    async def _renew(self) -> None:
+    async def _renew(self, report: agent_pb2.NodeReport) -> None:
         """To a host just met: what it has not answered yet, and to one that knows nothing, what is in force."""
         async with self._turn:
             memory, self.problem = self.journal.memory, ""
+            known = self.host.description.applied_operation_id if self.host.description else ""
             if (pending := memory.pending) is not None:
-                await self._hand_over(pending)
-            fresh = self.host.description is not None and not self.host.description.applied_operation_id
+                begun = pending.operation_id in (known, report.in_progress_operation_id)
+                if late(pending, time.time()) and not begun:  # nobody waits for it any more, and the world has moved on
+                    self.journal.answered(pending, too_late(memory))
+                else:
+                    await self._hand_over(pending)
+            fresh = self.host.description is not None and not known
             if memory.directive is None or not memory.directive.operation_id or not fresh:
                 return
             again = agent_pb2.NodeDirective()
@@ -58,6 +62,7 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         try:
             answer = await self.host.apply(directive)
         except grpc.aio.AioRpcError:
+            self.host.owed = True  # it may live on, as after a deadline: handed over again at its next word
             return None
         maybe_die(FaultPoint.AGENT_FLIPPING, self.state_dir)
         if answer.WhichOneof("answer") == "rejected":
@@ -74,7 +79,8 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
             node_name=self.node_name,
             node_group=self.node_group,
             node_address=self.node_address,
-            gpus=described.gpus if described else [],
+            gpus=self.host.gpus,
+            refused_gpus=self.host.refused_gpus,
             models=report.models if report else [],
             engine_build=described.engine_build if described else "",
             highest_term=memory.highest_term,
@@ -84,11 +90,23 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
 
     async def Apply(self, request: agent_pb2.ApplyRequest, context: Context) -> agent_pb2.ApplyResponse:
         await require_role(context, "operator")
+        if len(self._work) >= WAITING_MAX:
+            text = f"{WAITING_MAX} directives wait for the engine host already"
+            return rejected(Reason.REASON_HOST_UNAVAILABLE, text, self.journal.memory.highest_term)
+        # Of its own: a caller that gives up leaves no directive whose answer nobody wrote down.
+        work = asyncio.create_task(self._apply(request))
+        self._work.add(work)
+        work.add_done_callback(self._work.discard)
+        return await asyncio.shield(work)
+
+    async def _apply(self, request: agent_pb2.ApplyRequest) -> agent_pb2.ApplyResponse:
         async with self._turn:
-            answer = judge(self.journal.memory, request, time.time(), self.gpu_uuids)
+            directive, memory = request.directive, self.journal.memory
+            self._hear(request.contract_version, directive.term)
+            gpus = frozenset(g.uuid for g in self.host.gpus) if self.host.description else None
+            answer = judge(memory, request, time.time(), gpus)
             if answer is not None:
                 return answer
-            directive, memory = request.directive, self.journal.memory
             if self.host.report is None:
                 return rejected(
                     Reason.REASON_HOST_UNAVAILABLE, "the node's engine host does not answer; it is tried again", memory.highest_term
@@ -98,6 +116,11 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
             maybe_die(FaultPoint.AGENT_JOURNALED, self.state_dir)
             answer = await self._hand_over(directive)
             return answer if answer is not None else agent_pb2.ApplyResponse(accepted=agent_pb2.ApplyResponse.Accepted())
+
+    def _hear(self, contract_version: str, term: int) -> None:
+        """On disk before the answer: whoever led before this term is not obeyed again, also if this very call is refused."""
+        if news(self.journal.memory, contract_version, term):
+            self.journal.saw(term)
 
     def _report(self) -> agent_pb2.NodeReport:
         report = agent_pb2.NodeReport()
@@ -109,9 +132,11 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         report.applied_generation = self.journal.memory.generation
         report.host_connected = self.host.report is not None
         if not report.host_connected:
-            report.problem = "the engine host does not answer"
+            report.problem = self.host.problem
         elif self.problem and not report.problem:
             report.problem = self.problem
+        elif (slices := self.host.refused_gpus) and not report.problem:
+            report.problem = f"{', '.join(slices)}: MIG slices cannot be used; give this node's pod whole GPUs"
         return report
 
     async def Watch(self, request: agent_pb2.WatchRequest, context: Context) -> AsyncIterator[agent_pb2.WatchResponse]:
@@ -131,7 +156,12 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         await _same_contract(request.contract_version, context)
         if request.term < self.journal.memory.highest_term:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"term {request.term} is over")
-        await self.host.stub.Drain(host_pb2.DrainRequest(grace_ms=request.grace_ms), timeout=request.grace_ms / 1e3 + 10)
+        self._hear(request.contract_version, request.term)
+        grace_ms = min(request.grace_ms, DRAIN_MS_MAX)
+        try:
+            await self.host.stub.Drain(host_pb2.DrainRequest(grace_ms=grace_ms), timeout=grace_ms / 1e3 + 10)
+        except grpc.aio.AioRpcError as e:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the engine host did not drain: {e.code().name} {e.details()}")
         return agent_pb2.DrainResponse()
 
 

@@ -1,34 +1,40 @@
-"""Resident engines: start, warm up, read, restart when they crash. Only one is ever awake on a GPU, warm-ups included."""
+"""Resident engines: start, warm up, read, start again when they end. When one may be awake is `awake.py`'s business."""
 
 import asyncio
 import contextlib
-import json
+import hashlib
 import logging
 import shutil
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.types.v1 import types_pb2
+from nitsum_host.awake import Awake
 from nitsum_host.node import Node, Slot
+from nitsum_host.stores import Stores
 from nitsum_sglang.port import Engine, EngineEnded, EngineSpec
-from nitsum_sglang.warmup import warm_up
 
 log = logging.getLogger(__name__)
 Report = agent_pb2.EngineReport
 RESTARTS_MAX = 5
-BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
-STORE_START_S = 300.0
+"""In a row: past this many the report calls it a problem. Tries go on, as seldom as the last pause says."""
+BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
+STEADY_S = 300.0
+"""Up for this long: a later end is not the same trouble."""
+WAKE_S = 60.0
+END_S = 30.0
+"""From SIGKILL to the last process gone; past it the report calls it a problem."""
+END_AGAIN_S = 5.0
+FOLDER_MAX = 40
+"""Characters of an engine's folder: it holds Unix sockets, whose names are short."""
 
 
-@dataclass
-class Store:
-    """The weight store's process of one model."""
-
-    process: asyncio.subprocess.Process
-    socket: str
+async def _nothing() -> None:
+    return
 
 
 @dataclass(frozen=True)
@@ -40,148 +46,221 @@ class Settings:
     weight_store: bool = True
     device: str = "cpu"
     make: Callable[[EngineSpec], Engine] = field(kw_only=True)
+    prepare: Callable[[], Awaitable[None]] = field(default=_nothing, kw_only=True)
+    """Awaited before each start of an engine, e.g. to start the zygote again. Raises EngineEnded."""
+    backoff_s: tuple[float, ...] = field(default=BACKOFF_S, kw_only=True)
 
 
 class Engines:
-    """`on_ended` is told of every engine that ended unasked."""
+    """`on_ended` is told of every engine that ended, unasked or not in time for a flip, when no process of it is left."""
 
     def __init__(self, node: Node, settings: Settings, on_ended: Callable[[str], None]) -> None:
         self.node, self.settings, self.on_ended = node, settings, on_ended
-        self.stores: dict[str, Store] = {}
+        self.awake = Awake(node)
+        self.stores = Stores(settings.state_dir, settings.memory_dir, settings.device)
         self.tasks: set[asyncio.Task[None]] = set()
         self.revisions: dict[str, str] = {}
         self.stopping = False
 
+    @property
+    def problem(self) -> str:
+        """Of engines that do not stay up."""
+        down = [
+            f"engine {i} does not stay up ({s.failures} starts in a row): {s.message}"
+            for i, s in self.node.slots.items()
+            if s.failures >= RESTARTS_MAX and s.state not in (Report.STATE_PARKED, Report.STATE_AWAKE)
+        ]
+        down += [f"engine {i}: {s.message}" for i, s in self.node.slots.items() if s.stuck]
+        return "; ".join(down)[:2000]
+
+    def stale(self, wires: Iterable[types_pb2.ResidentEngine], paths: dict[str, str]) -> frozenset[str]:
+        """Engines whose id now stands for another model, checkpoint or set of GPUs."""
+        found = set()
+        for wire in wires:
+            slot = self.node.slots.get(wire.engine_id)
+            path = paths[wire.model]
+            if slot is not None and (_of(slot.wire) != _of(wire) or _from(slot.engine.spec) != (path, self.revisions.get(path, ""))):
+                found.add(wire.engine_id)
+        return frozenset(found)
+
     async def ensure(self, wire: types_pb2.ResidentEngine, model_path: str) -> None:
-        """Starts and warms one engine unless it is there. Raises EngineEnded with the log's tail."""
-        if wire.engine_id in self.node.slots:
+        """Starts and warms one engine unless it is there. Raises what kept it from coming up; then it is not there."""
+        if (known := self.node.slots.get(wire.engine_id)) is not None:
+            known.hurry.set()  # one that is down is tried now
             return
+        slot = self.node.slots[wire.engine_id] = Slot(await self._make(wire, model_path), wire)
+        try:
+            await self._bring_up(slot)
+        except BaseException:
+            await self._drop(slot)
+            raise
+
+    async def _make(self, wire: types_pb2.ResidentEngine, model_path: str) -> Engine:
+        """With a zygote and a weight store that are there."""
+        await self.settings.prepare()
+        settings = self.settings
         spec = EngineSpec(
             wire.engine_id,
             model_path,
             self.revisions.get(model_path, ""),
             wire.tp_size,
             tuple(wire.gpu_uuids),
-            str(self.settings.state_dir / "e" / wire.engine_id[-40:]),
-            device=self.settings.device,
-            max_total_tokens=self.settings.max_total_tokens,
-            weight_socket=await self._store(model_path),
-            kv_dir=self._kv_dir(model_path),
-            seed_exact=self.settings.seed_exact,
+            str(settings.state_dir / "e" / folder_name(wire.engine_id)),
+            device=settings.device,
+            max_total_tokens=settings.max_total_tokens,
+            weight_socket=await self.stores.socket(model_path) if settings.weight_store else "",
+            kv_dir=self._kv_dir(),
+            seed_exact=settings.seed_exact,
         )
         Path(spec.state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)  # noqa: ASYNC240
-        slot = self.node.slots[wire.engine_id] = Slot(self.settings.make(spec), wire)
-        try:
-            await self._bring_up(slot)
-        except EngineEnded:
-            self.node.slots.pop(wire.engine_id, None)
-            raise
+        return settings.make(spec)
 
     async def _bring_up(self, slot: Slot) -> None:
-        slot.state = Report.STATE_STARTING
+        """Start, warm-up, and where a group waits for this very engine, service: the GPUs are its own from warm-up to wake."""
+        engine_id = slot.wire.engine_id
+        slot.state, slot.ended = Report.STATE_STARTING, False
         self.node.touch()
         slot.info = await slot.engine.start()
-        others = {
-            u
-            for s in self.node.slots.values()
-            if s is not slot and s.state in (Report.STATE_AWAKE, Report.STATE_WARMING)
-            for u in s.wire.gpu_uuids
-        }
-        if others & set(slot.wire.gpu_uuids):
-            slot.message = "not warmed up: its GPUs are in use"
-        else:
-            slot.state = Report.STATE_WARMING
-            self.node.touch()
-            await warm_up(slot.engine)
-        slot.state = Report.STATE_PARKED
-        slot.reader = asyncio.create_task(self._read(slot))
-        self.tasks.add(slot.reader)
-        slot.reader.add_done_callback(self.tasks.discard)
+        async with self.awake.turn(f"the warm-up of {engine_id}", slot.wire.gpu_uuids):
+            if self.awake.free(slot):
+                await self.awake.warm_up(slot)
+                slot.message = ""
+            else:
+                slot.state, slot.message = Report.STATE_PARKED, "not warmed up: its GPUs are in use"
+            self._keep(self._read(slot, slot.engine))
+            # Looked up now, not when the engine ended: a flip may have closed its group since.
+            waiting = [g for g in self.node.groups.values() if g.group.engine_id == engine_id and g.state == types_pb2.GROUP_STATE_FAILED]
+            if waiting:
+                async with asyncio.timeout(WAKE_S):
+                    await self.awake.wake(slot)
+                for live in waiting:
+                    log.info("group %s serves again", live.group.group_id)
+                    self.node.open(live.group.group_id)
+        slot.up_since = time.monotonic()
         self.node.touch()
 
-    async def _read(self, slot: Slot) -> None:
-        engine_id = slot.wire.engine_id
+    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return task
+
+    async def _read(self, slot: Slot, engine: Engine) -> None:
         try:
-            async for deltas in slot.engine.steps():
+            async for deltas in engine.steps():
                 self.node.on_step(deltas)
+            return  # ended on purpose, by someone who says so
         except EngineEnded as e:
-            if self.stopping or self.node.slots.get(engine_id) is not slot:
-                return
-            log.warning("engine %s ended: %s", engine_id, str(e)[:300])
-            self.node.on_engine_ended(engine_id, str(e))
-            self.on_ended(engine_id)
-            task = asyncio.create_task(self._revive(slot))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            why = str(e)
+        except Exception as e:  # a bug: its streams must not hang on an engine that nobody reads
+            log.exception("reading engine %s", slot.wire.engine_id)
+            why = f"internal error: {type(e).__name__}: {e}"
+        if slot.engine is engine:
+            self.lost(slot, why)
+
+    def lost(self, slot: Slot, why: str) -> None:
+        """Its engine is over, or must be: streams are told at once, then what is left of it is ended, then it is started anew."""
+        engine_id = slot.wire.engine_id
+        if self.stopping or slot.leaving or self.node.slots.get(engine_id) is not slot:
+            return
+        if slot.revival is not None and not slot.revival.done():
+            slot.ended = True
+            return
+        log.warning("engine %s ended: %s", engine_id, why[:300])
+        if time.monotonic() - slot.up_since > STEADY_S:
+            slot.failures = 0
+        slot.ended = True
+        self.node.on_engine_ended(engine_id, why)
+        slot.revival = self._keep(self._revive(slot))
 
     async def _revive(self, slot: Slot) -> None:
-        """Bounded restarts; a group that this engine serves opens again."""
-        while slot.restarts < RESTARTS_MAX and not self.stopping:
-            await asyncio.sleep(BACKOFF_S[min(slot.restarts, len(BACKOFF_S) - 1)])
-            slot.restarts += 1
-            with contextlib.suppress(EngineEnded):
-                await slot.engine.stop()
-                slot.engine = self.settings.make(slot.engine.spec)
+        """Until it is up. A group that it serves opens again."""
+        engine_id = slot.wire.engine_id
+        await self._end(slot)
+        self.on_ended(engine_id)
+        while True:
+            slot.hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(slot.hurry.wait(), self.settings.backoff_s[min(slot.failures, len(self.settings.backoff_s) - 1)])
+            slot.restarts, slot.failures = slot.restarts + 1, slot.failures + 1
+            try:
+                slot.engine = await self._make(slot.wire, slot.engine.spec.model_path)
                 await self._bring_up(slot)
-                serves = [
-                    g
-                    for g in self.node.groups.values()
-                    if g.group.engine_id == slot.wire.engine_id and g.state == types_pb2.GROUP_STATE_FAILED
-                ]
-                if serves:
-                    await slot.engine.wake()
-                    slot.state = Report.STATE_AWAKE
-                    for live in serves:
-                        self.node.open(live.group.group_id)
-                    self.node.touch()
+            except Exception as e:
+                expected = isinstance(e, EngineEnded | OSError | TimeoutError)
+                slot.message = (str(e) or type(e).__name__)[:500]
+                log.warning("engine %s, start %d in a row: %s", engine_id, slot.failures, slot.message, exc_info=not expected)
+                await self._end(slot)
+                self.node.touch()
+            else:
+                log.info("engine %s is back after %d starts", engine_id, slot.failures)
                 return
-        slot.message = f"given up after {slot.restarts} restarts: {slot.message}"
+
+    async def _end(self, slot: Slot) -> None:
+        """Nothing new is started on its GPUs while something of it may be left."""
+        while True:
+            try:
+                async with asyncio.timeout(END_S):
+                    await self.awake.end(slot)
+                slot.stuck = False
+                return
+            except Exception as e:
+                slot.stuck = True
+                slot.message = f"its processes do not end ({type(e).__name__}: {e}); its GPUs wait for them"[:500]
+                log.exception("engine %s: %s", slot.wire.engine_id, slot.message)
+                self.node.touch()
+                await asyncio.sleep(END_AGAIN_S)
 
     async def remove(self, engine_id: str) -> None:
-        slot = self.node.slots.pop(engine_id)
-        await slot.engine.stop()
+        slot = self.node.slots[engine_id]
+        used = [i for i, g in self.node.groups.items() if g.group.engine_id == engine_id]
+        assert not used, f"engine {engine_id} is to go while groups {used} are on it"
+        await self._drop(slot)
+
+    async def _drop(self, slot: Slot) -> None:
+        slot.leaving = True
+        if slot.revival is not None:
+            slot.revival.cancel()
+            await asyncio.gather(slot.revival, return_exceptions=True)
+        await self._end(slot)
+        del self.node.slots[slot.wire.engine_id]
         self.node.touch()
 
-    def _kv_dir(self, model_path: str) -> str:
+    async def forget_unused(self) -> None:
+        """Weights that no engine runs any more leave memory."""
+        used = {s.engine.spec.model_path for s in self.node.slots.values()}
+        self.revisions = {path: r for path, r in self.revisions.items() if path in used}
+        await self.stores.keep(used)
+
+    def _kv_dir(self) -> str:
         if not self.settings.weight_store:
             return ""
         folder = self.settings.memory_dir / "kv"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return str(folder)
 
-    async def _store(self, model_path: str) -> str:
-        """Socket of the model's weight store, started if it is not running; empty where stores are off."""
-        if not self.settings.weight_store:
-            return ""
-        store = self.stores.get(model_path)
-        if store is not None and store.process.returncode is None:
-            return store.socket
-        folder = self.settings.memory_dir / "weights"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        socket = str(self.settings.state_dir / f"w{len(self.stores)}.sock")
-        flags = ["--model", model_path, "--socket", socket, "--memory-dir", str(folder), "--die-with-parent"]
-        flags += ["--dtype", "float32"] if self.settings.device == "cpu" else []
-        with (self.settings.state_dir / "weights.log").open("ab") as out:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "nitsum_sglang.weights.store", *flags, stdout=asyncio.subprocess.PIPE, stderr=out
-            )
-        assert process.stdout is not None
-        line = await asyncio.wait_for(process.stdout.readline(), STORE_START_S)
-        if not line:
-            raise EngineEnded(f"the weight store of {model_path} did not start; see {self.settings.state_dir / 'weights.log'}")
-        log.info("weight store of %s: %s", model_path, json.loads(line))
-        self.stores[model_path] = Store(process, socket)
-        return socket
-
     async def stop(self) -> None:
+        """First whatever could start an engine, then the engines, then what they stood on."""
         self.stopping = True
-        await asyncio.gather(*(s.engine.stop() for s in self.node.slots.values()), return_exceptions=True)
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        for store in self.stores.values():
-            if store.process.returncode is None:
-                store.process.terminate()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(store.process.wait(), 5)
+        await asyncio.gather(*(s.engine.stop() for s in self.node.slots.values()), return_exceptions=True)
+        await self.stores.keep(set())
         shutil.rmtree(self.settings.memory_dir, ignore_errors=True)
+
+
+def _of(wire: types_pb2.ResidentEngine) -> tuple[str, int, list[str]]:
+    return wire.model, wire.tp_size, list(wire.gpu_uuids)
+
+
+def _from(spec: EngineSpec) -> tuple[str, str]:
+    return spec.model_path, spec.revision
+
+
+def folder_name(engine_id: str) -> str:
+    """One folder, one engine: a long id keeps its end and gets a digest, so that two of them never meet."""
+    if len(engine_id) <= FOLDER_MAX and "/" not in engine_id:
+        return engine_id
+    digest = hashlib.sha256(engine_id.encode()).hexdigest()[:8]
+    return f"{digest}-{engine_id.replace('/', '_')[9 - FOLDER_MAX :]}"

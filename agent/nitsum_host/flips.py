@@ -1,6 +1,7 @@
 """Carries a flip out: the machine's commands become work on engines and groups, their ends become its events.
 
-It runs to its end in the host, whether the agent is there or not.
+It runs to its end in the host, whether the agent is there or not, and has its GPUs to itself meanwhile: an engine that comes back after a
+crash waits for the end, one that is not up as the flip begins counts as dead.
 """
 
 import asyncio
@@ -14,12 +15,15 @@ from nitsum.layout import FlipMode, Group, Layout
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.fault import maybe_die
 from nitsum_api.types.v1 import types_pb2
+from nitsum_host.engines import Engines
 from nitsum_host.journal import Journal
-from nitsum_host.node import Node
 from nitsum_sglang.port import EngineEnded
 
 log = logging.getLogger(__name__)
 Outcome = agent_pb2.FlipReport.Outcome
+Report = agent_pb2.EngineReport
+TURN_S = 60.0
+"""Longest wait for a warm-up that has the GPUs; then the flip is given up before it touched anything."""
 OUTCOMES = {
     machine.FlipState.DONE: Outcome.OUTCOME_DONE,
     machine.FlipState.REVERTED: Outcome.OUTCOME_REVERTED,
@@ -38,7 +42,7 @@ class FlipRun:
 
     def __init__(
         self,
-        node: Node,
+        engines: Engines,
         journal: Journal,
         state_dir: Path,
         operation_id: str,
@@ -47,16 +51,41 @@ class FlipRun:
         mode: FlipMode,
         deadlines: machine.Deadlines,
     ) -> None:
-        self.node, self.journal, self.state_dir, self.wires = node, journal, state_dir, wires
-        self.flip = machine.Flip(node.layout, after, mode, node.epoch, deadlines)
+        self.engines, self.node, self.journal, self.state_dir, self.wires = engines, engines.node, journal, state_dir, wires
+        self.flip = machine.Flip(self.node.layout, after, mode, self.node.epoch, deadlines)
         self.report = agent_pb2.FlipReport(operation_id=operation_id, outcome=Outcome.OUTCOME_RUNNING)
         self.events: asyncio.Queue[machine.Event] = asyncio.Queue()
         self.work: dict[str, asyncio.Task[None]] = {}
         self.ending: tuple[str, ...] = ()
+        self.parking: set[str] = set()
+        self.touched = False
+
+    @property
+    def empty(self) -> bool:
+        """There is nothing to do."""
+        return not self.flip.closing and not self.flip.opening
 
     async def run(self) -> "Outcome.ValueType":
-        dead = frozenset(i for i in self.flip.engines if i not in self.node.slots or self._failed(i))
-        self.events.put_nowait(machine.FlipRequested(dead))
+        """Raises TimeoutError or OSError when it could not begin; after any other error supervision brings A back."""
+        gpus = {u for g in (*self.flip.closing, *self.flip.opening) for u in g.gpu_uuids}
+        try:
+            async with self.engines.awake.turn(f"flip {self.report.operation_id}", gpus, TURN_S):
+                try:
+                    return await self._run()
+                except Exception:
+                    if self.touched:
+                        self._abandon()
+                    raise
+        except BaseException as e:
+            self.report.outcome = Outcome.OUTCOME_FAILED if self.touched else Outcome.OUTCOME_REVERTED
+            self.report.message = f"{type(e).__name__}: {e}" + ("" if self.touched else "; nothing was touched")
+            raise
+        finally:
+            for task in self.work.values():
+                task.cancel()
+
+    async def _run(self) -> "Outcome.ValueType":
+        self.events.put_nowait(machine.FlipRequested(frozenset(i for i in self.flip.engines if not self._up(i))))
         state, since = self.flip.state, time.monotonic()
         while not self.flip.ended:
             event = await self._next()
@@ -65,7 +94,7 @@ class FlipRun:
                 self.report.phases.add(phase=state, duration_ms=(time.monotonic() - since) * 1e3)
                 state, since = self.flip.state, time.monotonic()
                 self.report.state = state
-                self.journal.write(operation_id=self.report.operation_id, flip=str(state), epoch=self.flip.epoch + 2)
+                self._write(state)
                 if state in DIES:
                     maybe_die(DIES[state], self.state_dir)
             for command in commands:
@@ -75,8 +104,18 @@ class FlipRun:
         self.node.touch()
         return self.report.outcome
 
-    def _failed(self, engine_id: str) -> bool:
-        return self.node.slots[engine_id].state == agent_pb2.EngineReport.STATE_FAILED
+    def _write(self, state: machine.FlipState) -> None:
+        """The first line, which takes the epochs, must be on disk before a group is closed. Later ones must not stop a flip half-way."""
+        try:
+            self.journal.write(operation_id=self.report.operation_id, flip=str(state), epoch=self.flip.epoch + 2)
+        except OSError as e:
+            if state is machine.FlipState.CLOSING:
+                raise
+            log.error("journal of operation %s, %s: %s", self.report.operation_id, state, e)
+
+    def _up(self, engine_id: str) -> bool:
+        slot = self.node.slots.get(engine_id)
+        return slot is not None and not slot.ended and slot.state in (Report.STATE_PARKED, Report.STATE_AWAKE)
 
     async def _next(self) -> machine.Event:
         deadline = self.flip.deadline
@@ -94,13 +133,14 @@ class FlipRun:
                     return machine.DeadlinePassed()
 
     def engine_ended(self, engine_id: str) -> None:
-        """The host saw it end, asked or not."""
+        """No process of it is left, whoever ended it."""
         self.events.put_nowait(machine.EngineEnded(engine_id))
 
     def _do(self, command: machine.Command) -> None:
         node = self.node
         match command:
             case machine.CloseGroups(groups, successors, opening, epoch):
+                self.touched = True
                 for g in opening:
                     node.known(g, self.wires[g.group_id], epoch, types_pb2.GROUP_STATE_OPENING)
                 for g, ids in zip(groups, successors, strict=True):
@@ -126,7 +166,7 @@ class FlipRun:
             case machine.KillEngine(engine_id):
                 if task := self.work.pop(engine_id, None):
                     task.cancel()
-                self.work[engine_id] = asyncio.create_task(self._kill(engine_id))
+                self.engines.lost(self.node.slots[engine_id], f"it did not {'park' if engine_id in self.parking else 'wake'} in time")
             case machine.OpenGroups(groups, failed, gone, epoch):
                 self._open(groups, failed, gone, epoch)
                 self.events.put_nowait(machine.GroupsOpened())
@@ -141,25 +181,45 @@ class FlipRun:
             if g in failed:
                 live.state = types_pb2.GROUP_STATE_FAILED
         for g in groups:
-            node.open(g.group_id)
+            if self._up(g.engine_id):
+                node.open(g.group_id)
+            else:  # it ended a moment ago, and opens its group when it is back
+                node.groups[g.group_id].state = types_pb2.GROUP_STATE_FAILED
         for g in gone:
             if g.group_id in node.groups and g.group_id not in ids:
                 node.remove(g.group_id, node.closed.get(g.group_id) or ids)
         node.touch()
 
     def _start(self, engine_id: str, wake: bool) -> None:
+        (self.parking.discard if wake else self.parking.add)(engine_id)
         self.work[engine_id] = asyncio.create_task(self._turn(engine_id, wake))
 
     async def _turn(self, engine_id: str, wake: bool) -> None:
-        slot = self.node.slots[engine_id]
+        """Where the engine ends instead, or must, the machine hears of it when its processes are gone."""
+        slot, awake = self.node.slots[engine_id], self.engines.awake
         try:
-            await (slot.engine.wake() if wake else slot.engine.park())
-        except EngineEnded:
-            self.engine_ended(engine_id)
-            return
-        slot.state = agent_pb2.EngineReport.STATE_AWAKE if wake else agent_pb2.EngineReport.STATE_PARKED
-        self.events.put_nowait(machine.EngineWoken(engine_id) if wake else machine.EngineParked(engine_id))
+            await (awake.wake(slot) if wake else awake.park(slot))
+        except EngineEnded as e:
+            self.engines.lost(slot, str(e))
+        except Exception as e:  # a bug: what is in between cannot be trusted
+            log.exception("engine %s in operation %s", engine_id, self.report.operation_id)
+            self.engines.lost(slot, f"internal error: {type(e).__name__}: {e}")
+        else:
+            self.events.put_nowait(machine.EngineWoken(engine_id) if wake else machine.EngineParked(engine_id))
 
-    async def _kill(self, engine_id: str) -> None:
-        await self.node.slots[engine_id].engine.stop()
-        self.engine_ended(engine_id)
+    def _abandon(self) -> None:
+        """After a bug half-way nobody knows what is awake: engines are ended, B's groups go, A's wait for theirs to come back."""
+        node, closing = self.node, [g.group_id for g in self.flip.closing]
+        for task in self.work.values():
+            task.cancel()
+        for slot in [node.slots[i] for i in self.flip.engines if i in node.slots]:
+            self.engines.lost(slot, "ended after an internal error in a flip")
+        node.epoch += 2
+        for group_id in closing:
+            if (live := node.groups.get(group_id)) is not None:
+                node.end_streams(group_id)
+                live.state, live.wire.epoch = types_pb2.GROUP_STATE_FAILED, node.epoch
+        for group_id in {g.group_id for g in self.flip.opening} - set(closing):
+            if group_id in node.groups:
+                node.remove(group_id, tuple(closing))
+        node.touch()

@@ -16,13 +16,15 @@ from nitsum_api.node.v1 import node_pb2_grpc
 from nitsum_api.security import server_credentials, server_options
 from nitsum_host.engines import Engines, Settings
 from nitsum_host.journal import Journal
+from nitsum_host.leftovers import end_all
 from nitsum_host.node import Node
 from nitsum_host.port import NodePort
 from nitsum_host.service import Host
 from nitsum_sglang.engine import SchedulerEngine
-from nitsum_sglang.port import Engine, EngineSpec
-from nitsum_sglang.zygote_client import Zygote
+from nitsum_sglang.port import Engine, EngineEnded, EngineSpec
+from nitsum_sglang.zygote_client import Zygote, ZygoteEnded
 
+log = logging.getLogger(__name__)
 EXPIRE_S = 0.25
 VIEW_S = 1.0
 
@@ -47,6 +49,7 @@ async def serve(args: argparse.Namespace) -> None:
     for folder in (args.state_dir, args.memory_dir):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     shutil.rmtree(args.memory_dir / "weights", ignore_errors=True)  # of a host that was killed; sockets that served it are gone too
+    await end_all(args.state_dir / "e")
     zygote = Zygote(args.state_dir / "z.sock", args.state_dir / "zygote.log")
     await zygote.start()
     journal = Journal(args.state_dir)
@@ -55,7 +58,20 @@ async def serve(args: argparse.Namespace) -> None:
     def make(spec: EngineSpec) -> Engine:
         return SchedulerEngine(spec, zygote)
 
-    settings = Settings(args.state_dir, args.memory_dir, args.max_total_tokens, args.seed_exact, not args.no_weight_store, make=make)
+    starting = asyncio.Lock()
+
+    async def prepare() -> None:
+        async with starting:
+            if not zygote.alive:
+                log.warning("the zygote ended, its engines with it; it is started again")
+                try:
+                    await zygote.start()
+                except (ZygoteEnded, OSError) as e:
+                    raise EngineEnded(f"the zygote does not start: {e}") from e
+
+    settings = Settings(
+        args.state_dir, args.memory_dir, args.max_total_tokens, args.seed_exact, not args.no_weight_store, make=make, prepare=prepare
+    )
     engines = Engines(node, settings, lambda engine_id: host.engine_ended(engine_id))
     gpus = [agent_pb2.Gpu(uuid=f"{args.node_name}-slot-{i}", index=i, type="slot") for i in range(args.slots)]
     host = Host(node, engines, journal, args.state_dir, gpus, args.node_address or args.listen)
@@ -77,7 +93,7 @@ async def serve(args: argparse.Namespace) -> None:
     beat = asyncio.create_task(_beat(node))
     await stop.wait()
     beat.cancel()
-    await asyncio.gather(data.stop(1), control.stop(1))
+    await asyncio.gather(data.stop(1), control.stop(1), host.stop())
     await engines.stop()
     await zygote.stop()
     args.socket.unlink(missing_ok=True)
@@ -88,13 +104,14 @@ async def _beat(node: Node) -> None:
     since = 0.0
     while True:
         await asyncio.sleep(EXPIRE_S)
-        node.expire()
-        since += EXPIRE_S
-        if since >= VIEW_S:
-            since = 0.0
-            view = node.view()
-            for session in node.sessions:
-                session.send(view)
+        try:
+            node.expire()
+            since += EXPIRE_S
+            if since >= VIEW_S:
+                since = 0.0
+                node.show()
+        except Exception:  # a bug: without this beat every gateway would take the node for lost
+            log.exception("beat")
 
 
 def main() -> None:

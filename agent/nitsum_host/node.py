@@ -44,26 +44,28 @@ class Live:
     wire: types_pb2.Group
     state: "State.ValueType"
     ledger: Ledger
-    waiting: "list[Stream]" = field(default_factory=list)
+    waiting: "dict[str, Stream]" = field(default_factory=dict)
+    """Gathered, by rid, while its engine is not awake."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
-    """One submission. `rid` is the engine's name for it."""
+    """One submission. `rid` is the engine's name for it; from `expires` on it waits for its turn no longer."""
 
     rid: str
     session: Session
     submit: node_pb2.Submit
     group_id: str
     arrived: float
+    expires: float
     on_engine: bool = False
     moving: bool = False
     tokens: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
-    """A resident engine."""
+    """A resident engine. `restarts` counts all, `failures` those in a row."""
 
     engine: Engine
     wire: types_pb2.ResidentEngine
@@ -71,7 +73,17 @@ class Slot:
     state: "agent_pb2.EngineReport.State.ValueType" = agent_pb2.EngineReport.STATE_STARTING
     restarts: int = 0
     message: str = ""
-    reader: "asyncio.Task[None] | None" = None
+    awake: bool = False
+    """It is awake, or may be: nothing else may wake on its GPUs (`awake.py`)."""
+    ended: bool = False
+    """The engine in this slot is over; another one may come."""
+    leaving: bool = False
+    stuck: bool = False
+    """Its processes do not end."""
+    failures: int = 0
+    up_since: float = 0.0
+    hurry: asyncio.Event = field(default_factory=asyncio.Event)
+    revival: "asyncio.Task[None] | None" = None
 
 
 class Node:
@@ -86,11 +98,17 @@ class Node:
         self.sessions: set[Session] = set()
         self.draining = False
         self.changed = asyncio.Event()
+        """Set at the next change, and replaced by a new one."""
         self._serial = 0
 
     def touch(self) -> None:
         """Something that reports show has changed."""
         self.changed.set()
+        self.changed = asyncio.Event()
+        self.show()
+
+    def show(self) -> None:
+        """Tells every gateway how the groups are."""
         view = self.view()
         for session in self.sessions:
             session.send(view)
@@ -114,6 +132,9 @@ class Node:
             return self._refuse(session, submit.request_id, reason, "the group is gone", submit.group_id)
         if live.state == State.GROUP_STATE_CLOSING or submit.epoch != live.wire.epoch:
             return self._refuse(session, submit.request_id, Refused.REASON_MOVED, "the group has moved on", submit.group_id)
+        if not submit.input_ids or submit.resume_k >= len(submit.input_ids):
+            text = f"resume_k: {submit.resume_k} of {len(submit.input_ids)} input_ids leaves no prompt"
+            return self._refuse(session, submit.request_id, Refused.REASON_INVALID, text)
         slot = self.slots.get(live.group.engine_id)
         longest = slot.info.max_req_input_len if slot and slot.info else 0
         if longest and len(submit.input_ids) > longest:
@@ -121,7 +142,9 @@ class Node:
                 session, submit.request_id, Refused.REASON_TOO_LONG, f"{len(submit.input_ids)} tokens, at most {longest} fit"
             )
         self._serial += 1
-        stream = Stream(f"{session.number}-{self._serial}.", session, submit, submit.group_id, time.monotonic() - submit.age_ms / 1e3)
+        now = time.monotonic()
+        expires = now + (submit.queue_ms / 1e3 if submit.queue_ms else QUEUE_S)
+        stream = Stream(f"{session.number}-{self._serial}.", session, submit, submit.group_id, now - submit.age_ms / 1e3, expires)
         self.streams[stream.rid] = stream
         self.by_request[request] = stream.rid
         if live.state == State.GROUP_STATE_OPEN:
@@ -129,15 +152,14 @@ class Node:
         elif len(live.waiting) >= WAITING_MAX:
             self._refuse_stream(stream, Refused.REASON_FULL, "the group is not awake yet and its waiting room is full", 1000)
         else:
-            live.waiting.append(stream)
+            live.waiting[stream.rid] = stream
 
     def _admit(self, live: Live, stream: Stream) -> None:
         s, now = stream.submit, time.monotonic()
         left = max(s.sampling.max_new_tokens - s.resume_k, 1)
         admission = ADMISSIONS.get(s.admission, Admission.BEST_EFFORT)
-        wait_s = s.queue_ms / 1e3 if s.queue_ms else QUEUE_S
         moved = s.resume_k > 0 and not s.suspect
-        entry = Entry(stream.rid, s.tier, admission, len(s.input_ids) + left, stream.arrived, now + wait_s, s.suspect, moved)
+        entry = Entry(stream.rid, s.tier, admission, len(s.input_ids) + left, stream.arrived, stream.expires, s.suspect, moved)
         answer = live.ledger.submit(entry, now)
         if isinstance(answer, Full):
             return self._refuse_stream(stream, Refused.REASON_FULL, "the group's queues are full", answer.retry_after_ms)
@@ -175,9 +197,9 @@ class Node:
     def expire(self) -> None:
         now = time.monotonic()
         for live in self.groups.values():
-            for entry in live.ledger.expire(now):
-                if entry.rid in self.streams:
-                    self._refuse_stream(self.streams[entry.rid], Refused.REASON_QUEUE_TIMEOUT, "waited too long for its turn", 1000)
+            late = [self.streams[e.rid] for e in live.ledger.expire(now) if e.rid in self.streams]
+            for stream in [*late, *(s for s in live.waiting.values() if s.expires <= now)]:
+                self._refuse_stream(stream, Refused.REASON_QUEUE_TIMEOUT, "waited too long for its turn", 1000)
             self._started(live, live.ledger.start())
 
     # What engines say
@@ -204,14 +226,14 @@ class Node:
         if slot is not None:
             slot.state, slot.message = agent_pb2.EngineReport.STATE_FAILED, message[:500]
         for live in [g for g in self.groups.values() if g.group.engine_id == engine_id]:
-            ours = [s for s in self.streams.values() if s.group_id == live.group.group_id and s not in live.waiting]
+            live.ledger.clear()  # first: what ends below must not make room on a dead engine
+            if live.state == State.GROUP_STATE_OPEN:
+                live.state = State.GROUP_STATE_FAILED
+            ours = [s for s in self.streams.values() if s.group_id == live.group.group_id and s.rid not in live.waiting]
             for stream in ours:
                 crashed = stream.on_engine and not stream.moving
                 kind = Finish.KIND_ENGINE_CRASHED if crashed else Finish.KIND_MOVED
                 self._finish(stream, Finish(kind=kind, successors=self.successors(live.group.group_id)))
-            live.ledger.clear()
-            if live.state == State.GROUP_STATE_OPEN:
-                live.state = State.GROUP_STATE_FAILED
         self.touch()
 
     # The end of a stream
@@ -222,8 +244,7 @@ class Node:
         live = self.groups.get(stream.group_id)
         if live is None:
             return
-        if stream in live.waiting:
-            live.waiting.remove(stream)
+        live.waiting.pop(stream.rid, None)
         self._started(live, live.ledger.finish(stream.rid, time.monotonic()))
 
     def _finish(self, stream: Stream, finish: node_pb2.Finish) -> None:
@@ -251,6 +272,8 @@ class Node:
 
     def successors(self, group_id: str) -> list[node_pb2.Successor]:
         """Groups that take over, with the epoch at which they serve or will serve."""
+        if self.draining:
+            return []
         ids = [group_id] if group_id in self.groups and self.groups[group_id].state == State.GROUP_STATE_OPEN else []
         ids += self.closed.get(group_id, ())
         return [node_pb2.Successor(group_id=i, epoch=self.groups[i].wire.epoch) for i in ids if i in self.groups]
@@ -269,12 +292,16 @@ class Node:
     def close(self, group_id: str, successors: tuple[str, ...]) -> None:
         live = self.groups[group_id]
         live.state = State.GROUP_STATE_CLOSING
+        self._remember(group_id, successors)
+        waiting = [e.rid for e in live.ledger.empty_queues()] + list(live.waiting)
+        for stream in [self.streams[rid] for rid in waiting if rid in self.streams]:
+            self._refuse_stream(stream, Refused.REASON_MOVED, "the group is closing")
+
+    def _remember(self, group_id: str, successors: tuple[str, ...]) -> None:
+        self.closed.pop(group_id, None)
         self.closed[group_id] = successors
         while len(self.closed) > CLOSED_REMEMBERED_MAX:
             self.closed.pop(next(iter(self.closed)))
-        queued = {e.rid for e in live.ledger.empty_queues()}
-        for stream in [s for s in self.streams.values() if s.rid in queued or s in live.waiting]:
-            self._refuse_stream(stream, Refused.REASON_MOVED, "the group is closing")
 
     def abort_streams(self, group_id: str) -> bool:
         """Aborts what runs on the group; False when nothing does."""
@@ -287,6 +314,7 @@ class Node:
 
     def end_streams(self, group_id: str) -> None:
         """What has not ended by itself is over now; its late tokens are dropped."""
+        self.groups[group_id].ledger.empty_queues()  # first: what ends must not make room for what ends next
         for stream in [s for s in self.streams.values() if s.group_id == group_id]:
             self._finish(stream, Finish(kind=Finish.KIND_MOVED, successors=self.successors(group_id)))
 
@@ -294,13 +322,14 @@ class Node:
         live = self.groups[group_id]
         live.state = State.GROUP_STATE_OPEN
         self.closed.pop(group_id, None)
-        waiting, live.waiting = live.waiting, []
-        for stream in waiting:
+        waiting, live.waiting = live.waiting, {}
+        for stream in waiting.values():
             self._admit(live, stream)
 
     def remove(self, group_id: str, successors: tuple[str, ...]) -> None:
         live = self.groups[group_id]
-        self.closed[group_id] = successors
+        self._remember(group_id, successors)
+        live.ledger.empty_queues()
         for stream in [s for s in self.streams.values() if s.group_id == group_id]:
             self._finish(stream, Finish(kind=Finish.KIND_MOVED, successors=self.successors(group_id)))
         assert not live.waiting
@@ -320,9 +349,11 @@ class Node:
         )
 
     def view(self) -> node_pb2.AttachResponse:
+        # Gateways ask a closing group last, and only where its work went: what a node that drains wants.
+        closing = State.GROUP_STATE_CLOSING if self.draining else None
         groups = [
             node_pb2.NodeView.GroupView(
-                group_id=i, epoch=live.wire.epoch, state=live.state, load=self.load(live), capacity=live.wire.capacity
+                group_id=i, epoch=live.wire.epoch, state=closing or live.state, load=self.load(live), capacity=live.wire.capacity
             )
             for i, live in self.groups.items()
         ]

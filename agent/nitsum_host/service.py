@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.metadata
 import logging
 import uuid
@@ -28,6 +29,8 @@ from nitsum_sglang.port import EngineEnded
 log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext[Any, Any]
 Response = agent_pb2.ApplyResponse
+MODELS_MAX = 64
+"""Models whose facts are remembered besides those in use."""
 MODES = {
     types_pb2.FLIP_MODE_LET_FINISH: FlipMode.LET_FINISH,
     types_pb2.FLIP_MODE_MIGRATE_FIRST: FlipMode.MIGRATE_FIRST,
@@ -45,9 +48,13 @@ class Host(host_pb2_grpc.HostServiceServicer):
         self.generation = 0
         self.running: asyncio.Task[None] | None = None
         self.running_id = ""
+        self._turn = asyncio.Lock()  # one directive is judged at a time
         self.flip: FlipRun | None = None
         self.problem = ""
+        self.deadlines = Deadlines()
         self.models: dict[str, agent_pb2.ModelFacts] = {}
+        self._paths: dict[str, str] = {}
+        """Where the facts in `models` were read."""
 
     async def Describe(self, request: host_pb2.DescribeRequest, context: Context) -> host_pb2.DescribeResponse:
         return host_pb2.DescribeResponse(
@@ -84,52 +91,83 @@ class Host(host_pb2_grpc.HostServiceServicer):
         return host_pb2.InspectResponse(models=[await asyncio.to_thread(self._inspect, p) for p in request.pools])
 
     async def Apply(self, request: host_pb2.ApplyRequest, context: Context) -> host_pb2.ApplyResponse:
-        return host_pb2.ApplyResponse(answer=await self._apply(request))
+        async with self._turn:
+            return host_pb2.ApplyResponse(answer=await self._apply(request))
 
     async def _apply(self, request: host_pb2.ApplyRequest) -> Response:
         d = request.directive
         if request.contract_version != CONTRACT_VERSION:
             return _rejected(Reason.REASON_CONTRACT_VERSION, f"this host speaks contract {CONTRACT_VERSION}")
-        if d.operation_id in (self.applied, self.running_id):
+        if not d.operation_id:
+            return _rejected(Reason.REASON_INVALID, "operation_id: empty")
+        flipped = self.flip.report.operation_id if self.flip is not None else ""  # however that ended: no second flip
+        if d.operation_id in (self.applied, self.running_id, flipped):
             return Response(already_done=Response.AlreadyDone())
-        if self.running is not None and not self.running.done():
+        if self.running_id:
             return _rejected(Reason.REASON_FLIP_RUNNING, f"operation {self.running_id} is running")
+        if self.node.draining:
+            return _rejected(Reason.REASON_DRAINING, "the node drains; it takes directives again when its engine host was started anew")
         try:
             residency, layout = residency_and_layout(d, frozenset(g.uuid for g in self.gpus))
-            await self._legal(d, residency)
+            await self._legal(d, residency, layout)
         except Illegal as e:
             return _rejected(e.reason, str(e))
-        self.journal.write(operation_id=d.operation_id, accepted=True, epoch=self.node.epoch)
+        try:
+            self.journal.write(operation_id=d.operation_id, accepted=True, epoch=self.node.epoch)
+        except OSError as e:
+            self.problem = f"the host's journal: {e}"
+            raise
         self.running_id, self.problem = d.operation_id, ""
         self.running = asyncio.create_task(self._carry_out(d, residency, layout))
         return Response(accepted=Response.Accepted())
 
-    async def _legal(self, d: agent_pb2.NodeDirective, residency: Residency) -> None:
+    async def _legal(self, d: agent_pb2.NodeDirective, residency: Residency, layout: Layout) -> None:
         for pool in d.pools:
-            if pool.model.name not in self.models or self.models[pool.model.name].problem:
-                self.models[pool.model.name] = await asyncio.to_thread(self._inspect, pool)
-            facts = self.models[pool.model.name]
-            if facts.problem:
-                raise Illegal(Reason.REASON_INVALID, f"model {pool.model.name}: {facts.problem}")
+            name, path = pool.model.name, pool.model.source.path
+            if name not in self.models or self.models[name].problem or self._paths[name] != path:
+                facts = await asyncio.to_thread(self._inspect, pool)
+                self.models.pop(name, None)
+                self.models[name], self._paths[name] = facts, path
+            if self.models[name].problem:
+                raise Illegal(Reason.REASON_INVALID, f"model {name}: {self.models[name].problem}")
+        named = {p.model.name for p in d.pools} | {s.wire.model for s in self.node.slots.values()}
+        for old in [m for m in self.models if m not in named][: max(len(self.models) - MODELS_MAX, 0)]:
+            del self.models[old]
         for e in residency.engines:
             legal = list(self.models[e.model].legal_tp)
             if e.tp_size not in legal:
                 raise Illegal(Reason.REASON_ILLEGAL_TP, f"model {e.model} cannot be split in {e.tp_size}: legal TP degrees are {legal}")
+        for i, g in enumerate(layout.groups):
+            live = self.node.groups.get(g.group_id)
+            if live is not None and live.group.engine_id != g.engine_id:
+                text = f"layout[{i}].engine_id: group {g.group_id!r} is on engine {live.group.engine_id!r}; another engine needs another id"
+                raise Illegal(Reason.REASON_INVALID, text)
 
     async def _carry_out(self, d: agent_pb2.NodeDirective, residency: Residency, layout: Layout) -> None:
         paths = {p.model.name: p.model.source.path for p in d.pools}
         try:
             for name, path in paths.items():
                 self.engines.revisions[path] = self.models[name].revision
+            # An id that stands for another model now: its groups close, it ends, and it starts anew like any other.
+            if stale := self.engines.stale(d.residency, paths):
+                await self._flip(d, Layout(tuple(g for g in self.node.layout.groups if g.engine_id not in stale)), {})
+                for engine_id in () if self.problem else stale:
+                    await self.engines.remove(engine_id)
+                if self.problem:
+                    return
             # Cold first, while what serves goes on; widest engines last, since they touch most GPUs.
             for wire in sorted(d.residency, key=lambda e: (e.tp_size, e.engine_id)):
                 await self.engines.ensure(wire, paths[wire.model])
             wires = {g.group_id: g for g in d.layout}
+            self._adjust(layout, wires)
             await self._flip(d, layout, wires)
+            if self.problem:
+                return  # what serves may be on engines that this directive does not name
             for engine_id in [i for i in self.node.slots if residency.engine(i) is None]:
                 await self.engines.remove(engine_id)
-            if not self.problem:
-                self.applied, self.generation = d.operation_id, d.generation
+            await self.engines.forget_unused()
+            self.applied, self.generation = d.operation_id, d.generation
+            log.info("operation %s is done: %d groups, %d engines", d.operation_id, len(self.node.groups), len(self.node.slots))
         except (EngineEnded, OSError, TimeoutError) as e:
             self.problem = f"{type(e).__name__}: {e}"[:2000]
             log.error("operation %s: %s", d.operation_id, self.problem)
@@ -138,15 +176,14 @@ class Host(host_pb2_grpc.HostServiceServicer):
             # serves goes on, and the report says that the operation did not end as it should.
             self.problem = f"internal error in operation {d.operation_id}: {type(e).__name__}: {e}"[:2000]
             log.exception("operation %s", d.operation_id)
-            if self.flip is not None and self.flip.report.operation_id == d.operation_id:
-                self.flip.report.outcome, self.flip.report.message = agent_pb2.FlipReport.OUTCOME_FAILED, self.problem
         finally:
             self.running_id = ""
             self.node.touch()
 
-    async def _flip(self, d: agent_pb2.NodeDirective, layout: Layout, wires: dict[str, types_pb2.Group]) -> None:
+    def _adjust(self, layout: Layout, wires: dict[str, types_pb2.Group]) -> None:
+        """What stays may still change its shares and capacity."""
         node = self.node
-        for group in layout.groups:  # what stays may still change its shares and capacity
+        for group in layout.groups:
             live = node.groups.get(group.group_id)
             if live is not None and live.group.engine_id == group.engine_id:
                 epoch = live.wire.epoch
@@ -155,14 +192,19 @@ class Host(host_pb2_grpc.HostServiceServicer):
                 live.wire.epoch = epoch
                 slot = node.slots[group.engine_id]
                 live.ledger.set_capacity(group.capacity, group.shares, slot.info.max_total_tokens if slot.info else 0)
-        if {g.group_id for g in layout.groups} == {g.group_id for g in node.layout.groups}:
-            return
-        deadlines = Deadlines(let_finish_s=d.let_finish_ms / 1e3)
+
+    async def _flip(self, d: agent_pb2.NodeDirective, layout: Layout, wires: dict[str, types_pb2.Group]) -> None:
+        deadlines = dataclasses.replace(self.deadlines, let_finish_s=d.let_finish_ms / 1e3)
         mode = MODES.get(d.mode, FlipMode.ABORT)
-        self.flip = FlipRun(node, self.journal, self.state_dir, d.operation_id, layout, wires, mode, deadlines)
-        outcome = await self.flip.run()
+        flip = FlipRun(self.engines, self.journal, self.state_dir, d.operation_id, layout, wires, mode, deadlines)
+        if flip.empty:
+            return
+        self.flip = flip
+        outcome = await flip.run()
+        phases = ", ".join(f"{p.phase} {p.duration_ms:.0f} ms" for p in flip.report.phases)
+        log.info("flip %s: %s; %d streams moved; %s", d.operation_id, flip.report.state, flip.report.streams_moved, phases)
         if outcome != agent_pb2.FlipReport.OUTCOME_DONE:
-            self.problem = f"flip {self.flip.report.state}: {self.flip.flip.message}"
+            self.problem = f"flip {flip.report.state}: {flip.report.message}"
 
     def engine_ended(self, engine_id: str) -> None:
         if self.flip is not None and not self.flip.flip.ended:
@@ -181,22 +223,29 @@ class Host(host_pb2_grpc.HostServiceServicer):
             models=self.models.values(),
             flip=self.flip.report if self.flip else None,
             in_progress_operation_id=self.running_id,
-            problem=self.problem,
+            problem=self.problem or self.engines.problem,
             draining=node.draining,
         )
 
     async def Watch(self, request: host_pb2.WatchRequest, context: Context) -> AsyncIterator[host_pb2.WatchResponse]:
         interval_s = min(max(request.interval_ms or 1000, 50), 60_000) / 1e3
         while True:
+            changed = self.node.changed  # of before the report: what changes while it is on its way is not missed
             yield host_pb2.WatchResponse(incarnation=self.incarnation, report=self.report())
-            changed = self.node.changed
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(changed.wait(), interval_s)
             await asyncio.sleep(0.02)  # changes come in bursts
-            changed.clear()
+
+    async def stop(self) -> None:
+        """An operation in work goes no further: what follows ends its engines."""
+        if self.running is not None:
+            self.running.cancel()
+            await asyncio.gather(self.running, return_exceptions=True)
 
     async def Drain(self, request: host_pb2.DrainRequest, context: Context) -> host_pb2.DrainResponse:
+        """For a host that is about to go: there is no way back but starting it anew. A flip in work goes on to its end."""
         self.node.draining = True
+        log.info("draining %d streams within %d ms", len(self.node.streams), request.grace_ms)
         self.node.touch()
         deadline = asyncio.get_running_loop().time() + request.grace_ms / 1e3
         while self.node.streams and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110

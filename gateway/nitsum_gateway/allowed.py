@@ -1,6 +1,9 @@
 """What a client may set. Everything else is refused by name: a misspelt field must not be swallowed, a private one not reach an engine."""
 
+import json
 from typing import Any
+
+from nitsum_gateway.bounds import Wrong, out_of_bounds
 
 COMMON = frozenset(
     [
@@ -28,7 +31,6 @@ COMMON = frozenset(
         "ebnf",
         "ignore_eos",
         "stop_token_ids",
-        "stop_regex",
         "skip_special_tokens",
         "no_stop_trim",
         "cache_salt",
@@ -57,33 +59,42 @@ FIELDS = {
     "/detokenize": frozenset(["model", "tokens", "skip_special_tokens"]),
 }
 DEPTH_MAX = 64
-N_MAX = 64
 
 
-def problem(path: str, body: Any) -> tuple[str, str] | None:
-    """(field, message) of the first thing that is wrong, None for a body that may pass."""
+def problem(path: str, body: Any) -> Wrong | None:
+    """The first thing that is wrong, None for a body that may pass."""
     if not isinstance(body, dict):
-        return "", "the body must be a JSON object"
+        return Wrong("", "the body must be a JSON object", None)
+    if _depth(body) > DEPTH_MAX:
+        return Wrong("", f"the body is nested deeper than {DEPTH_MAX} levels", None)
+    if (odd := _odd(body)) is not None:
+        return Wrong("", odd, None)
     for name in body:
         if name not in FIELDS[path]:
-            return name, f"unknown field {name!r} for {path}"
+            return Wrong(name, f"unknown field {name!r} for {path}", "unknown_parameter")
     if not isinstance(body.get("model"), str):
-        return "model", "model must be a string"
-    n = body.get("n")
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= N_MAX):
-        return "n", f"n must be a whole number from 1 to {N_MAX}"
-    if _depth(body) > DEPTH_MAX:
-        return "", f"the body is nested deeper than {DEPTH_MAX} levels"
-    return _media(body.get("messages"))
+        return Wrong("model", "model must be a string")
+    return out_of_bounds(body) or _media(body.get("messages"))
 
 
-def _media(messages: Any) -> tuple[str, str] | None:
+def _odd(body: dict[str, Any]) -> str | None:
+    """What Python's parser takes for JSON and nobody else does: 1e999, half a surrogate pair."""
+    try:
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return "the body holds half of a surrogate pair, which is no character"
+    except ValueError:
+        return "the body holds a number that is out of range"
+    return None
+
+
+def _media(messages: Any) -> Wrong | None:
     """Text only: the server would fetch any other part's URL from inside the cluster."""
     for i, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
         for j, part in enumerate(content if isinstance(content, list) else ()):
             if not isinstance(part, dict) or part.get("type") not in ("text", "refusal"):
-                return f"messages[{i}].content[{j}]", f"messages[{i}].content[{j}]: only parts of type text are taken"
+                return Wrong(f"messages[{i}].content[{j}]", f"messages[{i}].content[{j}]: only parts of type text are taken")
     return None
 
 

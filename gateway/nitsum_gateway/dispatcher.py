@@ -1,22 +1,27 @@
 """One OpenAI endpoint for all pools: picks the front by `model`, settles the tier, lets only allowed fields pass, streams the answer."""
 
+import asyncio
+import contextlib
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import httpx
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nitsum_gateway import allowed, metrics
+from nitsum_gateway.bounds import too_long
 from nitsum_gateway.fronts import Front, Fronts
 
 TIER_KEY = "nitsum_tier"  # the router reads it; clients cannot set it
 
 BODY_BYTES_MAX = 16 << 20
+BODY_S_MAX = 60.0
+"""A client that sends its body slower than this is cut off."""
 TIER_HEADER = "x-nitsum-tier"
 RETRY_AFTER_S = "1"
 PASSED = ("content-type", "retry-after")
@@ -45,11 +50,19 @@ class Dispatcher:
             Route("/v1/models", self.models),
             Route("/v1/models/{model:path}", self.model),
             Route("/healthz", self.health),
+            Route("/readyz", self.ready),
             Route("/metrics", metrics.expose),
         ]
-        return Starlette(routes=[*posts, *gets], exception_handlers={404: _not_found})
+        return Starlette(routes=[*posts, *gets], exception_handlers={404: _not_found, 405: _not_allowed, 500: _broken})
 
     async def health(self, request: Request) -> Response:
+        return Response("ok")
+
+    async def ready(self, request: Request) -> Response:
+        """200 once routes are known and the fronts of all pools have answered; a front that is started again later changes nothing."""
+        missing = [m for m, f in sorted(self.fronts.by_model.items()) if not f.served]
+        if not self.fronts.routed or missing:
+            return Response(f"starting: {', '.join(missing)}" if self.fronts.routed else "no routes yet", 503)
         return Response("ok")
 
     async def models(self, request: Request) -> Response:
@@ -63,21 +76,25 @@ class Dispatcher:
         return JSONResponse({"id": name, "object": "model", "created": 0, "owned_by": "nitsum"})
 
     async def forward(self, request: Request) -> Response:
-        path = request.url.path
-        data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > BODY_BYTES_MAX:
-                return error(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
         try:
-            body = json.loads(data, parse_constant=_not_json)
-        except (ValueError, RecursionError):
-            return error(400, "the body is not JSON")
+            async with asyncio.timeout(BODY_S_MAX):
+                body = await _body(request)
+        except TimeoutError:
+            return error(408, f"the body took longer than {BODY_S_MAX:.0f} s")
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        if isinstance(body, Response):
+            return body
+        path = request.url.path
         if (wrong := allowed.problem(path, body)) is not None:
-            return error(400, wrong[1], "unknown_parameter" if wrong[0] else None, wrong[0] or None)
+            return error(400, wrong.message, wrong.code, wrong.param or None)
         front = self.fronts.by_model.get(body["model"])
+        if front is None and not self.fronts.routed:
+            return error(503, "this gateway has no routes yet", "not_ready", kind="service_unavailable")
         if front is None:
             return error(404, f"no pool serves model {body['model']!r}", "model_not_found", "model")
+        if (wrong := too_long(body, front.context_length)) is not None:
+            return error(400, wrong.message, wrong.code, wrong.param)
         if isinstance(tier := self._tier(front, request, body), Response):
             return tier
         if path.startswith("/v1/"):
@@ -88,14 +105,14 @@ class Dispatcher:
             return error(503, reason, "no_capacity", kind="service_unavailable")
         if not front.ready.is_set():
             return error(503, f"the pool is starting {front.problem}".strip(), "not_ready", kind="service_unavailable")
-        return await self._pass(front, path, body)
+        return await _while_there(request, self._pass(front, path, body))
 
     def _tier(self, front: Front, request: Request, body: dict[str, Any]) -> str | Response:
         """The header outranks the body; `auto` and `default` mean the pool's default tier."""
         tiers = [t.name for t in front.route.tiers]
         default = next((t.name for t in front.route.tiers if t.is_default), tiers[0] if tiers else "")
-        header = request.headers.get(TIER_HEADER)
-        asked = header if header is not None else body.get("service_tier") or "default"
+        header, asked = request.headers.get(TIER_HEADER), body.get("service_tier")
+        asked = header if header is not None else "default" if asked is None else asked
         if asked in ("auto", "default"):
             return default
         if asked not in tiers:
@@ -103,7 +120,7 @@ class Dispatcher:
                 400,
                 f"unknown tier {asked!r}; this pool's tiers are {', '.join(tiers)}",
                 "unknown_tier",
-                TIER_HEADER if header else "service_tier",
+                "service_tier" if header is None else TIER_HEADER,
             )
         return str(asked)
 
@@ -113,13 +130,20 @@ class Dispatcher:
             answer = await self.client.send(request, stream=True)
         except httpx.HTTPError:
             return error(503, "the pool's front does not answer", "not_ready", kind="service_unavailable")
-        headers = {k: v for k, v in answer.headers.items() if k in PASSED}
-        if answer.status_code != 200:
-            text = (await answer.aread()).decode(errors="replace")
+        try:
+            return await self._relay(answer)
+        except BaseException:  # also when the client has gone: the front hears it and aborts
             await answer.aclose()
-            return _openai_error(answer.status_code, text)
+            raise
+
+    async def _relay(self, answer: httpx.Response) -> Response:
+        headers = {k: v for k, v in answer.headers.items() if k in PASSED}
         chunks = answer.aiter_raw()
         try:
+            if answer.status_code != 200:
+                text = (await answer.aread()).decode(errors="replace")
+                await answer.aclose()
+                return _openai_error(answer.status_code, text)
             first = await anext(chunks, b"")
         except httpx.HTTPError:
             await answer.aclose()
@@ -128,6 +152,38 @@ class Dispatcher:
             await answer.aclose()
             return _streamed_error(first)
         return StreamingResponse(_chunks(answer, first, chunks), answer.status_code, headers)
+
+
+async def _body(request: Request) -> Any:
+    """The parsed body, or what its client gets instead."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > BODY_BYTES_MAX:
+            return error(413, f"the body is larger than {BODY_BYTES_MAX} bytes")
+    try:
+        return json.loads(data, parse_constant=_not_json)
+    except (ValueError, RecursionError):
+        return error(400, "the body is not JSON")
+
+
+async def _while_there(request: Request, work: Awaitable[Response]) -> Response:
+    """Ends `work` when its client leaves: a request that waits in a queue has no stream that would break."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=400)  # nobody reads it
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _not_json(name: str) -> None:
@@ -167,9 +223,19 @@ def _openai_error(status: int, text: str) -> JSONResponse:
     inner = body.get("error", body) if isinstance(body, dict) else {}
     message = str(inner.get("message") or text)[:2000] if isinstance(inner, dict) else text[:2000]
     too_long = status == 400 and ("context length" in message or "longer than the model" in message or "too long" in message)
+    message = message.removesuffix(" [context length]")
     kind = {429: "rate_limit_error", 503: "service_unavailable"}.get(status, "invalid_request_error" if status < 500 else "server_error")
     return error(status, message, "context_length_exceeded" if too_long else None, kind=kind)
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:
     return error(404, f"{request.method} {request.url.path} is not served", "not_found")
+
+
+async def _not_allowed(request: Request, exc: Exception) -> Response:
+    return error(405, f"{request.method} is not allowed for {request.url.path}", "method_not_allowed")
+
+
+async def _broken(request: Request, exc: Exception) -> Response:
+    """Starlette logs the exception itself."""
+    return error(500, "the gateway failed on this request", "internal_error", kind="server_error")

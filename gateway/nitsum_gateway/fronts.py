@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 START_S = 180.0
 CONTEXT_LENGTH = 8192
 RESTART_S = (0.5, 30.0)
+PING_S, PING_TIMEOUT_S, PINGS_MAX = 10.0, 20.0, 3
+"""A front that leaves so many pings in a row unanswered hangs: it is killed, and so started again."""
 HEALTHY_S = 60.0
 """A front that served this long starts again at once."""
 DEVICE = "cpu"
@@ -34,6 +36,8 @@ class Front:
     api_key: str
     context_length: int
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    served: bool = False
+    """Was ready once."""
     child: Child | None = None
     task: "asyncio.Task[None] | None" = None
     problem: str = ""
@@ -43,13 +47,15 @@ class Fronts:
     def __init__(self, state_dir: Path, tls_dir: Path, gateway_id: str, socket_path: Path) -> None:
         self.state_dir, self.tls_dir, self.gateway_id, self.socket_path = state_dir, tls_dir, gateway_id, socket_path
         self.by_model: dict[str, Front] = {}
+        self.routed = False
+        """Routes are known, be they none."""
         self.run_dir = socket_path.parent
         self.zygote: Zygote | None = None
         self._one = asyncio.Lock()
 
     def apply(self, pools: list[gateway_pb2.PoolRoute]) -> None:
         wanted = {p.model.name: p for p in pools}
-        for model in [m for m, f in self.by_model.items() if m not in wanted or wanted[m].pool.uid != f.route.pool.uid]:
+        for model in [m for m, f in self.by_model.items() if m not in wanted or not _same(f.route, wanted[m])]:
             front = self.by_model.pop(model)
             if front.task:
                 front.task.cancel()
@@ -57,22 +63,18 @@ class Fronts:
             if model in self.by_model:
                 self.by_model[model].route = route
                 continue
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = s.getsockname()[1]
             source = route.model.source
             length = route.model.context_length or (_context_length(source.path) if source.path else 0)
-            front = Front(route, f"http://127.0.0.1:{port}", secrets.token_urlsafe(32), length)
-            front.task = asyncio.create_task(self._keep(front, port))
+            front = Front(route, "", secrets.token_urlsafe(32), length)
+            front.task = asyncio.create_task(self._keep(front))
             self.by_model[model] = front
 
-    async def _keep(self, front: Front, port: int) -> None:
+    async def _keep(self, front: Front) -> None:
         name = f"front-{front.route.pool.uid or front.route.model.name.replace('/', '_')}"
         args = {
             "model": front.route.model.name,
             "model_path": front.route.model.source.path or front.route.model.source.hugging_face.repo,
             "revision": front.route.model.source.hugging_face.revision,
-            "port": port,
             "pool": front.route.pool.name,
             "uid": front.route.pool.uid,
             "gateway_id": self.gateway_id,
@@ -87,6 +89,8 @@ class Fronts:
         try:
             while True:
                 began, log_path = time.monotonic(), self.state_dir / f"{name}.log"
+                args["port"] = port = _free_port()  # a new one each time: another process may have taken the last
+                front.url = f"http://127.0.0.1:{port}"
                 try:
                     front.child = await (await self._warm()).fork(
                         "nitsum_gateway.front:run",
@@ -95,9 +99,11 @@ class Fronts:
                         env={"TMPDIR": str(self.state_dir.resolve())},
                         title=f"nitsum-front: {front.route.model.name}",
                     )
-                    waiter = asyncio.create_task(self._wait(front))
-                    await asyncio.shield(front.child.exited)
-                    waiter.cancel()
+                    watcher = asyncio.create_task(self._watch(front, front.child))
+                    try:
+                        await asyncio.shield(front.child.exited)
+                    finally:
+                        watcher.cancel()
                     front.problem = f"the front ended and is started again; its log ends: {log_tail(log_path, 500)}"
                 except (ZygoteEnded, ValueError, OSError) as error:
                     front.problem = f"the front did not start: {error}"
@@ -120,17 +126,19 @@ class Fronts:
                 await self.zygote.start()
             return self.zygote
 
-    async def _wait(self, front: Front) -> None:
-        async with httpx.AsyncClient() as client:
-            while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if (
-                        await client.get(front.url + "/v1/models", headers={"authorization": f"Bearer {front.api_key}"})
-                    ).status_code == 200:
-                        front.ready.set()
-                        front.problem = ""
-                        return
-                await asyncio.sleep(0.2)
+    async def _watch(self, front: Front, child: Child) -> None:
+        """Says when it is ready; ends one that never is, or that hangs."""
+        began, missed = time.monotonic(), 0
+        async with httpx.AsyncClient(timeout=PING_TIMEOUT_S) as client:
+            while missed < PINGS_MAX and (front.ready.is_set() or time.monotonic() - began < START_S):
+                if await _answers(client, front):
+                    front.ready.set()
+                    front.served, front.problem, missed = True, "", 0
+                elif front.ready.is_set():
+                    missed += 1
+                await asyncio.sleep(PING_S if front.ready.is_set() else 0.2)
+        log.error("the front of %s does not answer: it is ended", front.route.model.name)
+        await child.kill()
 
     async def stop(self) -> None:
         tasks = [f.task for f in self.by_model.values() if f.task]
@@ -139,6 +147,27 @@ class Fronts:
         await asyncio.gather(*tasks, return_exceptions=True)
         if self.zygote is not None:
             await self.zygote.stop()
+
+
+async def _answers(client: httpx.AsyncClient, front: Front) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return (await client.get(front.url + "/v1/models", headers={"authorization": f"Bearer {front.api_key}"})).status_code == 200
+    return False
+
+
+def _same(a: gateway_pb2.PoolRoute, b: gateway_pb2.PoolRoute) -> bool:
+    """What a front was started with: its tokenizer, template and context length come from the model."""
+
+    def of(r: gateway_pb2.PoolRoute) -> tuple[object, ...]:
+        return r.pool.uid, r.pool.name, r.model.name, r.model.source, r.model.context_length
+
+    return of(a) == of(b)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
 
 
 def _context_length(path: str) -> int:

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import signal
+import ssl
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import uvicorn
 
 from nitsum_api.gateway.v1 import gateway_pb2_grpc
 from nitsum_api.security import server_credentials, server_options
-from nitsum_gateway import metrics
+from nitsum_gateway import https, metrics
 from nitsum_gateway.dispatcher import Dispatcher
 from nitsum_gateway.fronts import Fronts
 from nitsum_gateway.service import Gateway
@@ -27,18 +29,31 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--tls-dir", required=True, type=Path, help="folder with ca.crt, tls.crt, tls.key of role gateway")
     p.add_argument("--state-dir", required=True, type=Path, help="routes and highest term; survive restarts")
     p.add_argument("--gateway-id", default=os.uname().nodename)
+    p.add_argument("--drain-s", type=int, default=5, help="how long streams may go on after SIGTERM")
     return p.parse_args(argv)
 
 
 async def serve(args: argparse.Namespace) -> None:
     args.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     run_dir = Path(tempfile.mkdtemp(prefix="nitsum-gw-"))  # a Unix socket's name is short, the state folder's may not be
+    try:
+        await _serve(args, run_dir)
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+async def _serve(args: argparse.Namespace, run_dir: Path) -> None:
     socket = run_dir / "fronts.sock"
     fronts = Fronts(args.state_dir, args.tls_dir, args.gateway_id, socket)
     gateway = Gateway(args.gateway_id, args.state_dir, fronts, metrics.observe)
-    control = grpc.aio.server(options=server_options())
+    control = grpc.aio.server(options=[*server_options(), ("grpc.so_reuseport", 0)])  # a port in use is an error
     gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, control)
-    control.add_secure_port(args.control_listen, server_credentials(args.tls_dir))
+    try:
+        config = https.config(Dispatcher(fronts).app(), args.listen, args.tls_dir, args.drain_s)
+        control.add_secure_port(args.control_listen, server_credentials(args.tls_dir))
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"nitsum-gateway: cannot serve on {args.listen} and {args.control_listen} with {args.tls_dir}: {error}")
+    listener = config.bind_socket()  # says why and exits
     inside = grpc.aio.server()
     gateway_pb2_grpc.add_FrontServiceServicer_to_server(gateway, inside)
     inside.add_insecure_port(f"unix:{socket}")
@@ -47,26 +62,18 @@ async def serve(args: argparse.Namespace) -> None:
     await control.start()
     await gateway.serve()  # what was in force before a restart
 
-    host, _, port = args.listen.rpartition(":")
-    config = uvicorn.Config(
-        Dispatcher(fronts).app(),
-        host=host,
-        port=int(port),
-        ssl_certfile=str(args.tls_dir / "tls.crt"),
-        ssl_keyfile=str(args.tls_dir / "tls.key"),
-        log_level="warning",
-        timeout_graceful_shutdown=5,
-    )
     server = uvicorn.Server(config)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined, method-assign, unused-ignore]
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, lambda: setattr(server, "should_exit", True))
+    assert isinstance(config.ssl, ssl.SSLContext)
+    renewal = asyncio.create_task(https.renew(config.ssl, args.tls_dir))
     try:
-        await server.serve()
+        await server.serve(sockets=[listener])
     finally:
+        renewal.cancel()
         await fronts.stop()
         await asyncio.gather(control.stop(1), inside.stop(1))
-        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ class Router:
         self.lines: dict[str, Any] = {}
         self.tiers: list[types_pb2.Tier] = []
         self.live: dict[str, Live] = {}
-        self.by_hop: dict[str, tuple[Live, int]] = {}
+        self.by_hop: dict[str, tuple[Live, int, Any]] = {}
         self.demand = Demand()
         self.unready_reason = ""
         self._number = 0
@@ -122,13 +122,14 @@ class Router:
             self._refused(line, frame.refused)
 
     def on_break(self, line: Any) -> None:
-        hit = [(live, hop) for live, hop in self.by_hop.values() if live.stream.group and live.stream.group[0] == line.agent_id]
+        """Hits the streams whose last submission went over this very line: its successor to the same node may carry some already."""
+        hit = [(live, hop) for live, hop, over in self.by_hop.values() if over is line and live.stream.group and hop == live.stream.hop]
         for live, hop in hit:
             self.demand.moved(live.tier.name)
             self._feed(live, routing.NodeLost(hop))
 
     def _delta(self, line: Any, delta: node_pb2.TokenDelta) -> None:
-        live, hop = self.by_hop.get(delta.request_id, (None, 0))
+        live, hop, _ = self.by_hop.get(delta.request_id, (None, 0, None))
         if live is None or hop != live.stream.hop:
             return
         now = time.monotonic()
@@ -170,12 +171,14 @@ class Router:
         self._rows.append(row)
 
     def _refused(self, line: Any, refused: node_pb2.Refused) -> None:
-        live, hop = self.by_hop.get(refused.request_id, (None, 0))
+        live, hop, _ = self.by_hop.get(refused.request_id, (None, 0, None))
         if live is None:
             return
         if refused.reason in ELSEWHERE:
             return self._feed(live, self._moved(line, hop, list(refused.successors)))
         fatal = (refused.message or "the node refused the request") if refused.reason in CLIENTS_FAULT else ""
+        if refused.reason == node_pb2.Refused.REASON_TOO_LONG:
+            fatal += " [context length]"  # the dispatcher makes a code of it
         self._feed(live, routing.Refused(hop, refused.retry_after_ms, fatal))
 
     @staticmethod
@@ -189,6 +192,8 @@ class Router:
         return tuple(g for line in self.lines.values() for g in line.groups())
 
     def _feed(self, live: Live, event: routing.Event) -> None:
+        if isinstance(event, routing.Moved | routing.Refused | routing.Crashed | routing.NodeLost):
+            self.by_hop.pop(live.node_rid(event.hop), None)  # over: what still comes of it is nobody's
         self._carry_out(live, live.stream.handle(event, self.view(), time.monotonic()))
 
     def _carry_out(self, live: Live, commands: list[routing.Command]) -> None:
@@ -235,7 +240,7 @@ class Router:
             suspect=c.suspect,
             age_ms=min(int((time.monotonic() - live.arrived) * 1e3), 1 << 31),
         )
-        self.by_hop[submit.request_id] = live, c.hop
+        self.by_hop[submit.request_id] = live, c.hop, line
         return bool(line.send(node_pb2.AttachRequest(submit=submit)))
 
     def _retry(self, live: Live) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
@@ -31,7 +32,7 @@ class State:
         self.path = state_dir / "routes.json"
         self.highest_term, self.generation = 0, 0
         self.routes = gateway_pb2.ApplyRoutesRequest()
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, DecodeError):  # the operator sends them again
             saved = json.loads(self.path.read_text())
             self.highest_term = int(saved["term"])
             self.routes = gateway_pb2.ApplyRoutesRequest.FromString(bytes.fromhex(saved["routes"]))
@@ -79,6 +80,7 @@ class Gateway(gateway_pb2_grpc.GatewayServiceServicer, gateway_pb2_grpc.FrontSer
 
     async def serve(self) -> None:
         """The routes in force, to the fronts."""
+        self.fronts.routed = bool(self.state.routes.contract_version)
         self.fronts.apply(list(self.state.routes.pools))
         async with self.routes_changed:
             self.routes_changed.notify_all()

@@ -34,7 +34,8 @@ def test_nodes_and_endpoints_of_local_processes(installed: ControlPlane, admin: 
     with api_client(installed.client_kubeconfig("nitsum-operator", install.NAMESPACE)) as operator:
         found = client.DiscoveryV1Api(operator).list_namespaced_endpoint_slice(install.NAMESPACE).items
         assert [(e.node_name, e.addresses) for s in found for e in s.endpoints] == [("local-a", [address])]
-        assert client.CoreV1Api(operator).read_node("local-a").status.capacity["nitsum.io/gpu"] == "2"
+        found = {n.metadata.name: n for n in client.CoreV1Api(operator).list_node().items}
+        assert found["local-a"].status.capacity["nitsum.io/gpu"] == "2"
 
 
 async def test_a_cluster_that_has_nitsum_is_not_taken_over(installed: ControlPlane, admin: Any) -> None:

@@ -28,8 +28,8 @@ TOOL = {
 LONG = " ".join(f"{i}. The quick brown fox jumps over the lazy dog." for i in range(12))
 
 KINDS: dict[str, dict[str, Any]] = {
-    "chat": {},
-    "long prompt": {"q": LONG},
+    "chat": {"q": LONG},
+    "tools": {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
     "logprobs": {"logprobs": True, "top_logprobs": 2},
     "stop": {"stop": None},
     "json schema": {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},

@@ -25,6 +25,7 @@ from nitsum_api.issue import issue, new_ca
 from nitsum_api.node.v1 import node_pb2, node_pb2_grpc
 from nitsum_api.security import Identity, secure_channel
 from nitsum_api.types.v1 import types_pb2
+from nitsum_sglang.remains import running
 from nitsum_sglang.testing.models import tiny_llama
 
 from .conftest import submit
@@ -108,6 +109,20 @@ class Running:
                         return report
                     assert not report.problem, report.problem + self.log()
         raise AssertionError(f"{operation_id} was not applied: {report}{self.log()}")
+
+    def children(self) -> list[tuple[int, str]]:
+        """Its processes below, with their command lines."""
+        parents, lines = {}, {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                lines[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        found, todo = [], [self.process.pid]
+        while todo:
+            ours = [p for p, parent in parents.items() if parent == todo[0]]
+            todo = todo[1:] + ours
+            found += [(p, lines[p]) for p in ours if p in lines]
+        return found
 
     async def stop(self) -> None:
         await self.channel.close()
@@ -199,6 +214,16 @@ def awake_intervals(folder: Path) -> list[tuple[str, float, str, str]]:
     return sorted(rows, key=lambda r: (r[0], r[1]))
 
 
+def never_two_awake(folder: Path) -> None:
+    """By the engines' own logs, killed ones included: the host closes what they left open."""
+    awake: dict[str, str] = {}
+    rows = awake_intervals(folder)
+    assert rows
+    for gpu, _, event, engine in rows:
+        assert awake.get(gpu, engine) == engine, f"{engine} woke on {gpu} while {awake[gpu]} was awake"
+        awake.pop(gpu, None) if event == "park" else awake.__setitem__(gpu, engine)
+
+
 @pytest.mark.timeout(400)
 async def test_streams_cross_flips_token_for_token(host: Running) -> None:
     assert (await host.apply(directive("op1", 1, 1))).WhichOneof("answer") == "accepted", host.log()
@@ -217,10 +242,7 @@ async def test_streams_cross_flips_token_for_token(host: Running) -> None:
     moved = await streams(host, names, report, there_and_back)
     assert moved.got == unmoved.got
     assert all(n >= 2 for n in moved.hop.values()), moved.hop
-    awake: dict[str, str] = {}
-    for gpu, _, event, engine in awake_intervals(host.folder):
-        assert awake.get(gpu, engine) == engine, f"{engine} woke on {gpu} while {awake[gpu]} was awake"
-        awake.pop(gpu, None) if event == "park" else awake.__setitem__(gpu, engine)
+    never_two_awake(host.folder)
     assert (await host.apply(directive("op3", 3, 1))).WhichOneof("answer") == "already_done"
     wrong = await host.apply(directive("op9", 9, 2, tps=(1,)))
     assert wrong.rejected.reason == agent_pb2.ApplyResponse.Rejected.REASON_NOT_RESIDENT
@@ -239,6 +261,25 @@ async def test_a_parked_engine_that_is_killed_comes_back_and_wakes(host: Running
                 break
     assert (await host.apply(directive("op2", 2, 2))).WhichOneof("answer") == "accepted"
     assert (await host.applied("op2")).flip.outcome == agent_pb2.FlipReport.OUTCOME_DONE
+    # What engines stand on: without its store none could load, and all of them die with the zygote.
+    for module in ("nitsum_sglang.weights.store", "nitsum_sglang.zygote"):
+        (pid,) = [p for p in host.children() if module in p[1]]
+        os.kill(pid[0], signal.SIGKILL)
+    async with asyncio.timeout(180):
+        async for answer in host.stub.Watch(host_pb2.WatchRequest(interval_ms=100)):
+            report = answer.report
+            up = [e.state in (agent_pb2.EngineReport.STATE_PARKED, agent_pb2.EngineReport.STATE_AWAKE) for e in report.engines]
+            if all(up) and all(e.restarts for e in report.engines) and report.groups[0].state == types_pb2.GROUP_STATE_OPEN:
+                break
+    assert "started again" in host.log()
+    await streams(host, ["0", "1"], report)
+    assert (await host.apply(directive("op3", 3, 1))).WhichOneof("answer") == "accepted"
+    assert (await host.applied("op3")).flip.outcome == agent_pb2.FlipReport.OUTCOME_DONE
+    everything = host.children()
+    await host.stop()
+    assert not [p for p in everything if running(p[0])]
+    never_two_awake(host.folder)
+    assert not host.memory.exists()
 
 
 @pytest.mark.timeout(300)

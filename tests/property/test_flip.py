@@ -34,6 +34,7 @@ def test_every_order_of_events_ends_and_never_two_awake_on_a_gpu(a: Layout, b: L
         awake.pop(e, None)
     todo: list[f.Command] = flip.handle(f.FlipRequested(dead), now)
     opened: f.OpenGroups | None = None
+    ended: set[str] = set(dead)
     for _ in range(200):
         if flip.ended:
             break
@@ -56,6 +57,7 @@ def test_every_order_of_events_ends_and_never_two_awake_on_a_gpu(a: Layout, b: L
         elif what == "crash":
             engine = data.draw(st.sampled_from(sorted(gpus)))
             awake.pop(engine, None)
+            ended.add(engine)
             todo = [c for c in todo if not (isinstance(c, f.ParkEngine | f.WakeEngine | f.KillEngine) and c.engine_id == engine)]
             event = f.EngineEnded(engine)
         else:
@@ -87,6 +89,13 @@ def test_every_order_of_events_ends_and_never_two_awake_on_a_gpu(a: Layout, b: L
                     event = f.GroupsOpened()
         todo += flip.handle(event, now)
     assert flip.ended, flip.state
+    serves = {g.engine_id for g in (flip.opening if flip.state is f.FlipState.DONE else flip.closing)}
+    touched = {g.engine_id for g in (*flip.closing, *flip.opening)}
+    if flip.state is f.FlipState.FAILED:
+        assert serves - awake.keys(), "A is whole, yet the flip failed"
+    else:
+        assert serves - ended <= awake.keys(), flip.state
+    assert touched & awake.keys() <= serves, "something is awake that no group needs"
     if opened is not None:
         assert {g.group_id for g in (*opened.groups, *opened.failed)} <= {g.group_id for g in (*a.groups, *b.groups)}
 

@@ -1,11 +1,14 @@
 """Whatever happens to a stream, its client gets each token once and in order."""
 
 import zlib
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.routing import (
+    HOPS_MAX,
+    RETRY_S_MAX,
     Abort,
     AdmissionClass,
     ClientGone,
@@ -84,6 +87,97 @@ def test_no_token_lost_none_repeated(story: list[str]) -> None:
             if len(engine) == LENGTH:
                 commands += s.handle(Finished(s.hop), view, now)
     raise AssertionError("the stream did not end")
+
+
+EVENTS = ["step", "step", "step", "finish", "moved", "moved to", "lost", "refused", "fatal", "crashed", "late", "late end", "time"]
+VIEWS = st.lists(st.sampled_from(GROUPS), max_size=3, unique=True).map(tuple)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(EVENTS), st.floats(0, 20), VIEWS, st.integers(0, 5)), max_size=120),
+    st.sampled_from(["nothing serves", "moves on and on", "client leaves"]),
+)
+def test_every_interleaving_keeps_order_bounds_and_one_end(story: list[tuple[str, float, tuple[GroupView, ...], int]], end: str) -> None:
+    """Engines say anything, groups come and go, time passes; in the end all is lost for good: it ends by itself, or with its client."""
+    s, got, now = Stream("t", False, 0.0), list[int](), 0.0
+    made: list[int] = []
+    commands, ended, submits, crashes, waits = s.start(GROUPS, now), 0, 0, 0, False
+
+    def carry(commands: list[Any]) -> None:
+        nonlocal got, ended, submits, waits, made
+        waits = False
+        for c in commands:
+            assert not ended, "something after the end"
+            if isinstance(c, Submit):
+                assert c.resume == len(got)
+                assert c.suspect == (crashes > 0)
+                assert c.hop == s.hop
+                made, submits = list(got), submits + 1
+                assert submits <= HOPS_MAX
+            elif isinstance(c, Deliver):
+                got += c.ids
+                submits = 0
+            elif isinstance(c, Retry):
+                assert 0 < c.after_s <= RETRY_S_MAX
+                waits = True
+            elif isinstance(c, Fail | Done):
+                ended += 1
+                assert not isinstance(c, Fail) or c.status != 429 or not got, "a stream that has begun is not shed"
+        assert waits == (s.group is None and not s.ended)
+
+    def hop_event(what: str, back: int) -> Any:
+        hop = s.hop
+        match what:
+            case "moved":
+                return Moved(hop)
+            case "moved to":
+                return Moved(hop, ((("a", f"g{back % 3}"), 2),))
+            case "lost":
+                return NodeLost(hop)
+            case "refused":
+                return Refused(hop, 100 * back)
+            case "fatal":
+                return Refused(hop, fatal="bad")
+            case "late":
+                return Tokens(hop - 1 - back, (666,))
+            case "late end":
+                return [Finished, Crashed, NodeLost, Moved][back % 4](hop - 1 - back)
+            case "finish":
+                return Finished(hop)
+        return Crashed(hop)
+
+    carry(commands)
+    for what, after_s, view, back in story:
+        now += after_s
+        if what == "time" or waits:
+            carry(s.handle(Retried(), view, now))
+        elif what == "step":
+            if s.group is not None and not s.ended:
+                made.append(next_token(made))
+                carry(s.handle(Tokens(s.hop, (made[-1],)), view, now))
+        else:
+            crashes += what == "crashed" and s.group is not None and not s.ended
+            before = list(got)
+            carry(s.handle(hop_event(what, back), view, now))
+            assert got == before
+    if end != "client leaves":
+        for _ in range(400):
+            now += 1.0
+            away = Moved(s.hop, ((("a", "g1"), 2),)) if end == "moves on and on" else NodeLost(s.hop)
+            carry(s.handle(Retried(), (), now) if s.group is None else s.handle(away, (), now))
+            if s.ended:
+                break
+        assert ended == 1
+    elif not s.ended:
+        left = s.handle(ClientGone(), (), now)
+        assert all(isinstance(c, Abort) and c.hop == s.hop for c in left)
+        assert ended == 0
+    expected: list[int] = []
+    while len(expected) < len(got):
+        expected.append(next_token(expected))
+    assert got == expected
+    assert all(s.handle(e, GROUPS, now) == [] for e in (Tokens(s.hop, (1,)), Finished(s.hop), Retried(), ClientGone()))
 
 
 def test_the_second_crash_fails_it_alone() -> None:

@@ -1,12 +1,13 @@
 """No request reaches a private field, whatever it is made of."""
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_gateway import allowed
+from nitsum_gateway import allowed, bounds
 
 PRIVATE = [
     "rid", "custom_params", "priority", "input_ids", "bootstrap_host", "bootstrap_room", "session_params", "session_id", "lora_path",
@@ -51,3 +52,96 @@ def test_a_deep_body_is_refused() -> None:
     for _ in range(allowed.DEPTH_MAX + 5):
         deep = [deep]
     assert allowed.problem("/v1/completions", {"model": "m", "prompt": deep}) is not None
+
+
+PARENS = "(" * 100_000 + "a" + ")" * 100_000
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": "1e999"}, {"temperature": 1e300}, {"temperature": True}, {"top_p": 0}, {"top_p": 1e-300}, {"min_p": -1},
+        {"repetition_penalty": 1e-300}, {"frequency_penalty": 3}, {"presence_penalty": [1]}, {"n": True}, {"n": 65}, {"best_of": 99},
+        {"seed": 2**63}, {"seed": "1"}, {"top_k": 2**31}, {"max_tokens": -1}, {"max_tokens": 2**40}, {"min_tokens": -1}, {"logprobs": 999},
+        {"logprobs": "3"}, {"logit_bias": {"1": 1e308}}, {"logit_bias": {"1": "5"}}, {"logit_bias": {"-1": 1}}, {"logit_bias": {"१": 1}},
+        {"logit_bias": [1]}, {"logit_bias": {str(i): 1 for i in range(2000)}}, {"stop": ["x"] * 33}, {"stop": "x" * 2000}, {"stop": [1]},
+        {"stop_token_ids": [-1]}, {"stop_token_ids": [True]}, {"stop_token_ids": list(range(2000))}, {"cache_salt": ["a"]},
+        {"cache_salt": "x" * 300}, {"prompt": ["x"] * 129}, {"regex": "a|" * 3000}, {"regex": "(" * 300}, {"ebnf": "x" * 10_000},
+        {"json_schema": "[" * 5000}, {"json_schema": '{"type":"string","type":"array"}'}, {"json_schema": f'{{"pattern":"{"(" * 400}"}}'},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"pattern": PARENS[:400]}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"patternProperties": {PARENS[:400]: {}}}}}},
+        {"stop_regex": "(a+)+$"},
+    ],
+    ids=lambda f: str(f)[:40],
+)  # fmt: skip
+def test_what_would_end_or_stall_an_engine_is_refused_by_name(field: dict[str, Any]) -> None:
+    wrong = allowed.problem("/v1/completions", {"model": "m", "prompt": "x", **field})
+    assert wrong is not None
+    assert wrong.param == next(iter(field))
+    assert wrong.code in ("invalid_value", "unknown_parameter")
+
+
+def test_two_prompts_of_many_choices_are_too_many() -> None:
+    assert allowed.problem("/v1/completions", {"model": "m", "prompt": ["x"] * 3, "n": 64}) is not None
+    assert allowed.problem("/v1/completions", {"model": "m", "prompt": [1] * 3000, "n": 64}) is None
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "documents", "return_dict", "anything"])
+def test_a_client_brings_no_template_of_its_own(name: str) -> None:
+    body = {"model": "m", "messages": [], "chat_template_kwargs": {name: "{% for a in range(99999) %}{% endfor %}"}}
+    assert (allowed.problem("/v1/chat/completions", body) or ("",))[0] == "chat_template_kwargs"
+    assert allowed.problem("/v1/chat/completions", body | {"chat_template_kwargs": {"enable_thinking": False}}) is None
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udfff": 1}', "1e999", "[[-1e400]]"])
+def test_what_no_server_takes_for_json_is_refused(text: str) -> None:
+    body = {"model": "m", "prompt": "x", "metadata": json.loads(text)}
+    assert allowed.problem("/v1/completions", body) is not None
+
+
+def test_ordinary_requests_pass() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string", "pattern": "^(a|b)+$"}}, "required": ["city"]}
+    common = {
+        "model": "m",
+        "temperature": 0,
+        "top_p": 1.0,
+        "n": 2,
+        "seed": 7,
+        "stop": ["\n", "END"],
+        "logit_bias": {"50256": -100},
+        "user": None,
+    }
+    formatted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    tool = {"type": "function", "function": {"name": "f", "description": "(e.g. x)" * 50, "parameters": schema}}
+    chat = {
+        "messages": [{"role": "user", "content": "x"}],
+        "logprobs": True,
+        "top_logprobs": 5,
+        "response_format": formatted,
+        "tools": [tool],
+    }
+    assert allowed.problem("/v1/chat/completions", common | chat) is None
+    assert allowed.problem("/v1/completions", common | {"prompt": ["x", "y"], "logprobs": 5, "json_schema": json.dumps(schema)}) is None
+    assert allowed.problem("/v1/completions", common | {"prompt": [1, 2], "max_tokens": None, "regex": "(a|b)+", "echo": True}) is None
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"prompt": "a" * 64_001},
+        {"prompt": ["a", "b" * 64_001]},
+        {"messages": [{"role": "user", "content": "a" * 70_000}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a" * 40_000}] * 2}]},
+        {"messages": [], "tools": [{"type": "function", "function": {"name": "f", "description": "a" * 70_000}}]},
+    ],
+    ids=lambda f: str(f)[:30],
+)
+def test_a_text_that_cannot_fit_is_refused_before_anybody_tokenizes_it(field: dict[str, Any]) -> None:
+    assert (bounds.too_long(field, 1000) or ("", "", ""))[2] == "context_length_exceeded"
+    assert bounds.too_long(field, 10_000) is None
+
+
+@given(st.dictionaries(st.sampled_from(["prompt", "messages", "tools"]), JSON, max_size=3))
+def test_any_types_may_come(body: dict[str, Any]) -> None:
+    """The front says which are wrong."""
+    bounds.too_long(body, 1000)

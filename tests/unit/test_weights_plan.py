@@ -148,7 +148,8 @@ def test_facts_and_revision(tmp_path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_conversion_equals_torch(tmp_path, dtype) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = torch.randn(37, 11, generator=torch.Generator().manual_seed(0))
     for name, given_dtype in (("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)):
         source = values.to(given_dtype)

@@ -2,7 +2,7 @@
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec
@@ -16,7 +16,18 @@ class FakeEngine:
     def __init__(self, spec: EngineSpec, step_s: float = 0.002) -> None:
         self.spec, self.step_s = spec, step_s
         self.wakes = True
-        """False: `wake` never returns."""
+        """False: `wake` does not return, and the engine is awake or not."""
+        self.parks = True
+        """False: `park` does not return."""
+        self.starts = True
+        """False: `start` ends the engine."""
+        self.may_start = asyncio.Event()
+        """`start` waits for it; set unless a test clears it."""
+        self.may_start.set()
+        self.lingers_s = 0.0
+        """From its end to the end of its last process; until then it may hold its GPUs."""
+        self.on_awake: Callable[[bool], None] = lambda awake: None
+        """Told when it begins, or may begin, to hold its GPUs, and when it has let go of them."""
         self.awake = False
         self._live: dict[str, tuple[list[int], int, int]] = {}
         self._steps: asyncio.Queue[list[node_pb2.TokenDelta] | None] = asyncio.Queue()
@@ -24,6 +35,10 @@ class FakeEngine:
         self._ended = ""
 
     async def start(self) -> EngineInfo:
+        await self.may_start.wait()
+        if not self.starts:
+            self._end("it does not start")
+        self._check()
         self._loop = asyncio.create_task(self._run())
         return EngineInfo(8192, 8000, ())
 
@@ -49,17 +64,34 @@ class FakeEngine:
 
     async def wake(self) -> None:
         self._check()
-        if not self.wakes:
-            await asyncio.Event().wait()
+        if not self.awake:
+            self.on_awake(True)
         self.awake = True
+        while not self.wakes:
+            await asyncio.sleep(self.step_s)
+            self._check()
+        await asyncio.sleep(0)
+        self._check()
 
     async def park(self) -> None:
         self._check()
         for rid in list(self._live):
             self.abort(rid)
-        self.awake = False
+        while not self.parks:
+            await asyncio.sleep(self.step_s)
+            self._check()
+        await asyncio.sleep(0)
+        self._check()
+        self._rest()
+
+    def _rest(self) -> None:
+        if self.awake:
+            self.awake = False
+            self.on_awake(False)
 
     def submit(self, request: EngineRequest) -> None:
+        if self._ended:
+            return  # steps() says so
         ids = list(request.submit.input_ids)
         prompt = len(ids) - request.submit.resume_k
         self._live[request.rid] = (ids, prompt, request.submit.sampling.max_new_tokens)
@@ -82,7 +114,7 @@ class FakeEngine:
         self._end("crashed")
 
     def _end(self, why: str) -> None:
-        self._ended, self.awake = self._ended or why, False
+        self._ended = self._ended or why
         self._live.clear()
         self._steps.put_nowait(None)
         if self._loop is not None:
@@ -90,3 +122,5 @@ class FakeEngine:
 
     async def stop(self) -> None:
         self._end("stopped")
+        await asyncio.sleep(self.lingers_s)
+        self._rest()

@@ -1,7 +1,8 @@
 """Wake and park inside the scheduler: starts parked, says when it changed, sleeps while parked, keeps its own log of both.
 
 Stock pause and continue give no reply, and a paused stock scheduler spins. The reply is a FlushCacheReqOutput that carries the
-command's rid, which stock never does. `awake.jsonl` is what proves that no two engines were awake on one GPU.
+command's rid, which stock never does. `awake.jsonl` is what proves that no two engines were awake on one GPU; where an engine ended
+while it was awake, the host closes the interval once no process of it is left.
 """
 
 import json
@@ -13,6 +14,8 @@ from nitsum.faults import FaultPoint
 
 from . import fault
 
+BYTES_MAX = 1 << 20
+"""Of the log; the one before it is kept as `awake.jsonl.1`."""
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
 
 
@@ -73,7 +76,12 @@ def _append(event: str) -> None:
         "rank": 0,
         "pid": os.getpid(),
     }
-    fd = os.open(os.path.join(os.environ["NITSUM_STATE_DIR"], "awake.jsonl"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    path = os.path.join(os.environ["NITSUM_STATE_DIR"], "awake.jsonl")
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    if os.fstat(fd).st_size > BYTES_MAX:
+        os.close(fd)
+        os.replace(path, path + ".1")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         os.write(fd, (json.dumps(line) + "\n").encode())
     finally:

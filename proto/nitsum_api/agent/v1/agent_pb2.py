@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from nitsum_api.types.v1 import types_pb2 as nitsum__api_dot_types_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fnitsum_api/agent/v1/agent.proto\x12\x13nitsum_api.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fnitsum_api/types/v1/types.proto\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\"V\n\x03Gpu\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04type\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06island\x18\x05 \x01(\r\"\x9a\x01\n\nModelFacts\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x10\n\x08legal_tp\x18\x03 \x03(\r\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x0f\n\x07problem\x18\x07 \x01(\t\"\xba\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\x12\x12\n\nnode_group\x18\x04 \x01(\t\x12\x14\n\x0cnode_address\x18\x05 \x01(\t\x12&\n\x04gpus\x18\x06 \x03(\x0b\x32\x18.nitsum_api.agent.v1.Gpu\x12/\n\x06models\x18\x07 \x03(\x0b\x32\x1f.nitsum_api.agent.v1.ModelFacts\x12\x14\n\x0c\x65ngine_build\x18\x08 \x01(\t\x12\x14\n\x0chighest_term\x18\t \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\n \x01(\x04\x12\x1c\n\x14\x61pplied_operation_id\x18\x0b \x01(\t\"\x90\x01\n\rPoolDirective\x12*\n\x04pool\x18\x01 \x01(\x0b\x32\x1c.nitsum_api.types.v1.PoolRef\x12)\n\x05model\x18\x02 \x01(\x0b\x32\x1a.nitsum_api.types.v1.Model\x12(\n\x05tiers\x18\x03 \x03(\x0b\x32\x19.nitsum_api.types.v1.Tier\"\xd0\x02\n\rNodeDirective\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12,\n\x08\x64\x65\x61\x64line\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x05pools\x18\x05 \x03(\x0b\x32\".nitsum_api.agent.v1.PoolDirective\x12\x36\n\tresidency\x18\x06 \x03(\x0b\x32#.nitsum_api.types.v1.ResidentEngine\x12*\n\x06layout\x18\x07 \x03(\x0b\x32\x1a.nitsum_api.types.v1.Group\x12+\n\x04mode\x18\x08 \x01(\x0e\x32\x1d.nitsum_api.types.v1.FlipMode\x12\x15\n\rlet_finish_ms\x18\t \x01(\r\"_\n\x0c\x41pplyRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x35\n\tdirective\x18\x02 \x01(\x0b\x32\".nitsum_api.agent.v1.NodeDirective\"\xad\x05\n\rApplyResponse\x12?\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32+.nitsum_api.agent.v1.ApplyResponse.AcceptedH\x00\x12\x46\n\x0c\x61lready_done\x18\x02 \x01(\x0b\x32..nitsum_api.agent.v1.ApplyResponse.AlreadyDoneH\x00\x12?\n\x08rejected\x18\x03 \x01(\x0b\x32+.nitsum_api.agent.v1.ApplyResponse.RejectedH\x00\x1a\n\n\x08\x41\x63\x63\x65pted\x1a\r\n\x0b\x41lreadyDone\x1a\xac\x03\n\x08Rejected\x12\x42\n\x06reason\x18\x01 \x01(\x0e\x32\x32.nitsum_api.agent.v1.ApplyResponse.Rejected.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x14\n\x0chighest_term\x18\x03 \x01(\x04\"\xb4\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11REASON_STALE_TERM\x10\x01\x12\x1b\n\x17REASON_STALE_GENERATION\x10\x02\x12\x1b\n\x17REASON_CONTRACT_VERSION\x10\x03\x12\x12\n\x0eREASON_INVALID\x10\x04\x12\x16\n\x12REASON_UNKNOWN_GPU\x10\x05\x12\x15\n\x11REASON_ILLEGAL_TP\x10\x06\x12\x17\n\x13REASON_NOT_RESIDENT\x10\x07\x12\x17\n\x13REASON_FLIP_RUNNING\x10\x08\x12\x1a\n\x16REASON_DEADLINE_PASSED\x10\t\x12\x1b\n\x17REASON_HOST_UNAVAILABLE\x10\n\x12\x13\n\x0fREASON_DRAINING\x10\x0b\x42\x08\n\x06\x61nswer\"=\n\x0cWatchRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r\"Z\n\nStepTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0f\n\x07mean_ms\x18\x04 \x01(\x01\x12\r\n\x05\x63ount\x18\x05 \x01(\x04\"W\n\x0bTierOutcome\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x10\n\x08\x66inished\x18\x02 \x01(\x04\x12\x13\n\x0bttft_misses\x18\x03 \x01(\x04\x12\x13\n\x0btpot_misses\x18\x04 \x01(\x04\"\xfa\x01\n\x0bGroupReport\x12)\n\x05group\x18\x01 \x01(\x0b\x32\x1a.nitsum_api.types.v1.Group\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.nitsum_api.types.v1.GroupState\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x1e.nitsum_api.types.v1.GroupLoad\x12.\n\x05steps\x18\x04 \x03(\x0b\x32\x1f.nitsum_api.agent.v1.StepTiming\x12\x32\n\x08outcomes\x18\x05 \x03(\x0b\x32 .nitsum_api.agent.v1.TierOutcome\"\xb8\x02\n\x0c\x45ngineReport\x12\x33\n\x06\x65ngine\x18\x01 \x01(\x0b\x32#.nitsum_api.types.v1.ResidentEngine\x12\x36\n\x05state\x18\x02 \x01(\x0e\x32\'.nitsum_api.agent.v1.EngineReport.State\x12\x10\n\x08restarts\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1c\n\x14private_weight_bytes\x18\x05 \x01(\x04\"z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_WARMING\x10\x02\x12\x10\n\x0cSTATE_PARKED\x10\x03\x12\x0f\n\x0bSTATE_AWAKE\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"1\n\x0bPhaseTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"\xd3\x02\n\nFlipReport\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x38\n\x07outcome\x18\x02 \x01(\x0e\x32\'.nitsum_api.agent.v1.FlipReport.Outcome\x12\r\n\x05state\x18\x03 \x01(\t\x12\x30\n\x06phases\x18\x04 \x03(\x0b\x32 .nitsum_api.agent.v1.PhaseTiming\x12\x15\n\rstreams_moved\x18\x05 \x01(\r\x12\x17\n\x0fresident_tokens\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\"s\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_RUNNING\x10\x01\x12\x10\n\x0cOUTCOME_DONE\x10\x02\x12\x14\n\x10OUTCOME_REVERTED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04\"\xd1\x03\n\nNodeReport\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12/\n\x0bobserved_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0chighest_term\x18\x03 \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\x04 \x01(\x04\x12\x1c\n\x14\x61pplied_operation_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x30\n\x06groups\x18\x07 \x03(\x0b\x32 .nitsum_api.agent.v1.GroupReport\x12\x32\n\x07\x65ngines\x18\x08 \x03(\x0b\x32!.nitsum_api.agent.v1.EngineReport\x12/\n\x06models\x18\t \x03(\x0b\x32\x1f.nitsum_api.agent.v1.ModelFacts\x12-\n\x04\x66lip\x18\n \x01(\x0b\x32\x1f.nitsum_api.agent.v1.FlipReport\x12 \n\x18in_progress_operation_id\x18\x0b \x01(\t\x12\x0f\n\x07problem\x18\x0c \x01(\t\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12\x16\n\x0ehost_connected\x18\x0e \x01(\x08\"Z\n\rWatchResponse\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12/\n\x06report\x18\x02 \x01(\x0b\x32\x1f.nitsum_api.agent.v1.NodeReport\"H\n\x0c\x44rainRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x10\n\x08grace_ms\x18\x03 \x01(\r\"\x0f\n\rDrainResponse2\xd9\x02\n\x0c\x41gentService\x12W\n\x08\x44\x65scribe\x12$.nitsum_api.agent.v1.DescribeRequest\x1a%.nitsum_api.agent.v1.DescribeResponse\x12N\n\x05\x41pply\x12!.nitsum_api.agent.v1.ApplyRequest\x1a\".nitsum_api.agent.v1.ApplyResponse\x12P\n\x05Watch\x12!.nitsum_api.agent.v1.WatchRequest\x1a\".nitsum_api.agent.v1.WatchResponse0\x01\x12N\n\x05\x44rain\x12!.nitsum_api.agent.v1.DrainRequest\x1a\".nitsum_api.agent.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fnitsum_api/agent/v1/agent.proto\x12\x13nitsum_api.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1fnitsum_api/types/v1/types.proto\"+\n\x0f\x44\x65scribeRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\"V\n\x03Gpu\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04type\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\x0e\n\x06island\x18\x05 \x01(\r\"\x9a\x01\n\nModelFacts\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x10\n\x08legal_tp\x18\x03 \x03(\r\x12\x14\n\x0cweight_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ontext_length\x18\x06 \x01(\r\x12\x0f\n\x07problem\x18\x07 \x01(\t\"\xd0\x02\n\x10\x44\x65scribeResponse\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x10\n\x08\x61gent_id\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\x12\x12\n\nnode_group\x18\x04 \x01(\t\x12\x14\n\x0cnode_address\x18\x05 \x01(\t\x12&\n\x04gpus\x18\x06 \x03(\x0b\x32\x18.nitsum_api.agent.v1.Gpu\x12/\n\x06models\x18\x07 \x03(\x0b\x32\x1f.nitsum_api.agent.v1.ModelFacts\x12\x14\n\x0c\x65ngine_build\x18\x08 \x01(\t\x12\x14\n\x0chighest_term\x18\t \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\n \x01(\x04\x12\x1c\n\x14\x61pplied_operation_id\x18\x0b \x01(\t\x12\x14\n\x0crefused_gpus\x18\x0c \x03(\t\"\x90\x01\n\rPoolDirective\x12*\n\x04pool\x18\x01 \x01(\x0b\x32\x1c.nitsum_api.types.v1.PoolRef\x12)\n\x05model\x18\x02 \x01(\x0b\x32\x1a.nitsum_api.types.v1.Model\x12(\n\x05tiers\x18\x03 \x03(\x0b\x32\x19.nitsum_api.types.v1.Tier\"\xd0\x02\n\rNodeDirective\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04term\x18\x03 \x01(\x04\x12,\n\x08\x64\x65\x61\x64line\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x05pools\x18\x05 \x03(\x0b\x32\".nitsum_api.agent.v1.PoolDirective\x12\x36\n\tresidency\x18\x06 \x03(\x0b\x32#.nitsum_api.types.v1.ResidentEngine\x12*\n\x06layout\x18\x07 \x03(\x0b\x32\x1a.nitsum_api.types.v1.Group\x12+\n\x04mode\x18\x08 \x01(\x0e\x32\x1d.nitsum_api.types.v1.FlipMode\x12\x15\n\rlet_finish_ms\x18\t \x01(\r\"_\n\x0c\x41pplyRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x35\n\tdirective\x18\x02 \x01(\x0b\x32\".nitsum_api.agent.v1.NodeDirective\"\xad\x05\n\rApplyResponse\x12?\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32+.nitsum_api.agent.v1.ApplyResponse.AcceptedH\x00\x12\x46\n\x0c\x61lready_done\x18\x02 \x01(\x0b\x32..nitsum_api.agent.v1.ApplyResponse.AlreadyDoneH\x00\x12?\n\x08rejected\x18\x03 \x01(\x0b\x32+.nitsum_api.agent.v1.ApplyResponse.RejectedH\x00\x1a\n\n\x08\x41\x63\x63\x65pted\x1a\r\n\x0b\x41lreadyDone\x1a\xac\x03\n\x08Rejected\x12\x42\n\x06reason\x18\x01 \x01(\x0e\x32\x32.nitsum_api.agent.v1.ApplyResponse.Rejected.Reason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x14\n\x0chighest_term\x18\x03 \x01(\x04\"\xb4\x02\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11REASON_STALE_TERM\x10\x01\x12\x1b\n\x17REASON_STALE_GENERATION\x10\x02\x12\x1b\n\x17REASON_CONTRACT_VERSION\x10\x03\x12\x12\n\x0eREASON_INVALID\x10\x04\x12\x16\n\x12REASON_UNKNOWN_GPU\x10\x05\x12\x15\n\x11REASON_ILLEGAL_TP\x10\x06\x12\x17\n\x13REASON_NOT_RESIDENT\x10\x07\x12\x17\n\x13REASON_FLIP_RUNNING\x10\x08\x12\x1a\n\x16REASON_DEADLINE_PASSED\x10\t\x12\x1b\n\x17REASON_HOST_UNAVAILABLE\x10\n\x12\x13\n\x0fREASON_DRAINING\x10\x0b\x42\x08\n\x06\x61nswer\"=\n\x0cWatchRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x13\n\x0binterval_ms\x18\x02 \x01(\r\"Z\n\nStepTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0f\n\x07mean_ms\x18\x04 \x01(\x01\x12\r\n\x05\x63ount\x18\x05 \x01(\x04\"W\n\x0bTierOutcome\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\x10\n\x08\x66inished\x18\x02 \x01(\x04\x12\x13\n\x0bttft_misses\x18\x03 \x01(\x04\x12\x13\n\x0btpot_misses\x18\x04 \x01(\x04\"\xfa\x01\n\x0bGroupReport\x12)\n\x05group\x18\x01 \x01(\x0b\x32\x1a.nitsum_api.types.v1.Group\x12.\n\x05state\x18\x02 \x01(\x0e\x32\x1f.nitsum_api.types.v1.GroupState\x12,\n\x04load\x18\x03 \x01(\x0b\x32\x1e.nitsum_api.types.v1.GroupLoad\x12.\n\x05steps\x18\x04 \x03(\x0b\x32\x1f.nitsum_api.agent.v1.StepTiming\x12\x32\n\x08outcomes\x18\x05 \x03(\x0b\x32 .nitsum_api.agent.v1.TierOutcome\"\xb8\x02\n\x0c\x45ngineReport\x12\x33\n\x06\x65ngine\x18\x01 \x01(\x0b\x32#.nitsum_api.types.v1.ResidentEngine\x12\x36\n\x05state\x18\x02 \x01(\x0e\x32\'.nitsum_api.agent.v1.EngineReport.State\x12\x10\n\x08restarts\x18\x03 \x01(\r\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x1c\n\x14private_weight_bytes\x18\x05 \x01(\x04\"z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x11\n\rSTATE_WARMING\x10\x02\x12\x10\n\x0cSTATE_PARKED\x10\x03\x12\x0f\n\x0bSTATE_AWAKE\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"1\n\x0bPhaseTiming\x12\r\n\x05phase\x18\x01 \x01(\t\x12\x13\n\x0b\x64uration_ms\x18\x02 \x01(\x01\"\xd3\x02\n\nFlipReport\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x38\n\x07outcome\x18\x02 \x01(\x0e\x32\'.nitsum_api.agent.v1.FlipReport.Outcome\x12\r\n\x05state\x18\x03 \x01(\t\x12\x30\n\x06phases\x18\x04 \x03(\x0b\x32 .nitsum_api.agent.v1.PhaseTiming\x12\x15\n\rstreams_moved\x18\x05 \x01(\r\x12\x17\n\x0fresident_tokens\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\"s\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_RUNNING\x10\x01\x12\x10\n\x0cOUTCOME_DONE\x10\x02\x12\x14\n\x10OUTCOME_REVERTED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04\"\xd1\x03\n\nNodeReport\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12/\n\x0bobserved_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0chighest_term\x18\x03 \x01(\x04\x12\x1a\n\x12\x61pplied_generation\x18\x04 \x01(\x04\x12\x1c\n\x14\x61pplied_operation_id\x18\x05 \x01(\t\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x30\n\x06groups\x18\x07 \x03(\x0b\x32 .nitsum_api.agent.v1.GroupReport\x12\x32\n\x07\x65ngines\x18\x08 \x03(\x0b\x32!.nitsum_api.agent.v1.EngineReport\x12/\n\x06models\x18\t \x03(\x0b\x32\x1f.nitsum_api.agent.v1.ModelFacts\x12-\n\x04\x66lip\x18\n \x01(\x0b\x32\x1f.nitsum_api.agent.v1.FlipReport\x12 \n\x18in_progress_operation_id\x18\x0b \x01(\t\x12\x0f\n\x07problem\x18\x0c \x01(\t\x12\x10\n\x08\x64raining\x18\r \x01(\x08\x12\x16\n\x0ehost_connected\x18\x0e \x01(\x08\"Z\n\rWatchResponse\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12/\n\x06report\x18\x02 \x01(\x0b\x32\x1f.nitsum_api.agent.v1.NodeReport\"H\n\x0c\x44rainRequest\x12\x18\n\x10\x63ontract_version\x18\x01 \x01(\t\x12\x0c\n\x04term\x18\x02 \x01(\x04\x12\x10\n\x08grace_ms\x18\x03 \x01(\r\"\x0f\n\rDrainResponse2\xd9\x02\n\x0c\x41gentService\x12W\n\x08\x44\x65scribe\x12$.nitsum_api.agent.v1.DescribeRequest\x1a%.nitsum_api.agent.v1.DescribeResponse\x12N\n\x05\x41pply\x12!.nitsum_api.agent.v1.ApplyRequest\x1a\".nitsum_api.agent.v1.ApplyResponse\x12P\n\x05Watch\x12!.nitsum_api.agent.v1.WatchRequest\x1a\".nitsum_api.agent.v1.WatchResponse0\x01\x12N\n\x05\x44rain\x12!.nitsum_api.agent.v1.DrainRequest\x1a\".nitsum_api.agent.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,49 +40,49 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELFACTS']._serialized_start=256
   _globals['_MODELFACTS']._serialized_end=410
   _globals['_DESCRIBERESPONSE']._serialized_start=413
-  _globals['_DESCRIBERESPONSE']._serialized_end=727
-  _globals['_POOLDIRECTIVE']._serialized_start=730
-  _globals['_POOLDIRECTIVE']._serialized_end=874
-  _globals['_NODEDIRECTIVE']._serialized_start=877
-  _globals['_NODEDIRECTIVE']._serialized_end=1213
-  _globals['_APPLYREQUEST']._serialized_start=1215
-  _globals['_APPLYREQUEST']._serialized_end=1310
-  _globals['_APPLYRESPONSE']._serialized_start=1313
-  _globals['_APPLYRESPONSE']._serialized_end=1998
-  _globals['_APPLYRESPONSE_ACCEPTED']._serialized_start=1532
-  _globals['_APPLYRESPONSE_ACCEPTED']._serialized_end=1542
-  _globals['_APPLYRESPONSE_ALREADYDONE']._serialized_start=1544
-  _globals['_APPLYRESPONSE_ALREADYDONE']._serialized_end=1557
-  _globals['_APPLYRESPONSE_REJECTED']._serialized_start=1560
-  _globals['_APPLYRESPONSE_REJECTED']._serialized_end=1988
-  _globals['_APPLYRESPONSE_REJECTED_REASON']._serialized_start=1680
-  _globals['_APPLYRESPONSE_REJECTED_REASON']._serialized_end=1988
-  _globals['_WATCHREQUEST']._serialized_start=2000
-  _globals['_WATCHREQUEST']._serialized_end=2061
-  _globals['_STEPTIMING']._serialized_start=2063
-  _globals['_STEPTIMING']._serialized_end=2153
-  _globals['_TIEROUTCOME']._serialized_start=2155
-  _globals['_TIEROUTCOME']._serialized_end=2242
-  _globals['_GROUPREPORT']._serialized_start=2245
-  _globals['_GROUPREPORT']._serialized_end=2495
-  _globals['_ENGINEREPORT']._serialized_start=2498
-  _globals['_ENGINEREPORT']._serialized_end=2810
-  _globals['_ENGINEREPORT_STATE']._serialized_start=2688
-  _globals['_ENGINEREPORT_STATE']._serialized_end=2810
-  _globals['_PHASETIMING']._serialized_start=2812
-  _globals['_PHASETIMING']._serialized_end=2861
-  _globals['_FLIPREPORT']._serialized_start=2864
-  _globals['_FLIPREPORT']._serialized_end=3203
-  _globals['_FLIPREPORT_OUTCOME']._serialized_start=3088
-  _globals['_FLIPREPORT_OUTCOME']._serialized_end=3203
-  _globals['_NODEREPORT']._serialized_start=3206
-  _globals['_NODEREPORT']._serialized_end=3671
-  _globals['_WATCHRESPONSE']._serialized_start=3673
-  _globals['_WATCHRESPONSE']._serialized_end=3763
-  _globals['_DRAINREQUEST']._serialized_start=3765
-  _globals['_DRAINREQUEST']._serialized_end=3837
-  _globals['_DRAINRESPONSE']._serialized_start=3839
-  _globals['_DRAINRESPONSE']._serialized_end=3854
-  _globals['_AGENTSERVICE']._serialized_start=3857
-  _globals['_AGENTSERVICE']._serialized_end=4202
+  _globals['_DESCRIBERESPONSE']._serialized_end=749
+  _globals['_POOLDIRECTIVE']._serialized_start=752
+  _globals['_POOLDIRECTIVE']._serialized_end=896
+  _globals['_NODEDIRECTIVE']._serialized_start=899
+  _globals['_NODEDIRECTIVE']._serialized_end=1235
+  _globals['_APPLYREQUEST']._serialized_start=1237
+  _globals['_APPLYREQUEST']._serialized_end=1332
+  _globals['_APPLYRESPONSE']._serialized_start=1335
+  _globals['_APPLYRESPONSE']._serialized_end=2020
+  _globals['_APPLYRESPONSE_ACCEPTED']._serialized_start=1554
+  _globals['_APPLYRESPONSE_ACCEPTED']._serialized_end=1564
+  _globals['_APPLYRESPONSE_ALREADYDONE']._serialized_start=1566
+  _globals['_APPLYRESPONSE_ALREADYDONE']._serialized_end=1579
+  _globals['_APPLYRESPONSE_REJECTED']._serialized_start=1582
+  _globals['_APPLYRESPONSE_REJECTED']._serialized_end=2010
+  _globals['_APPLYRESPONSE_REJECTED_REASON']._serialized_start=1702
+  _globals['_APPLYRESPONSE_REJECTED_REASON']._serialized_end=2010
+  _globals['_WATCHREQUEST']._serialized_start=2022
+  _globals['_WATCHREQUEST']._serialized_end=2083
+  _globals['_STEPTIMING']._serialized_start=2085
+  _globals['_STEPTIMING']._serialized_end=2175
+  _globals['_TIEROUTCOME']._serialized_start=2177
+  _globals['_TIEROUTCOME']._serialized_end=2264
+  _globals['_GROUPREPORT']._serialized_start=2267
+  _globals['_GROUPREPORT']._serialized_end=2517
+  _globals['_ENGINEREPORT']._serialized_start=2520
+  _globals['_ENGINEREPORT']._serialized_end=2832
+  _globals['_ENGINEREPORT_STATE']._serialized_start=2710
+  _globals['_ENGINEREPORT_STATE']._serialized_end=2832
+  _globals['_PHASETIMING']._serialized_start=2834
+  _globals['_PHASETIMING']._serialized_end=2883
+  _globals['_FLIPREPORT']._serialized_start=2886
+  _globals['_FLIPREPORT']._serialized_end=3225
+  _globals['_FLIPREPORT_OUTCOME']._serialized_start=3110
+  _globals['_FLIPREPORT_OUTCOME']._serialized_end=3225
+  _globals['_NODEREPORT']._serialized_start=3228
+  _globals['_NODEREPORT']._serialized_end=3693
+  _globals['_WATCHRESPONSE']._serialized_start=3695
+  _globals['_WATCHRESPONSE']._serialized_end=3785
+  _globals['_DRAINREQUEST']._serialized_start=3787
+  _globals['_DRAINREQUEST']._serialized_end=3859
+  _globals['_DRAINRESPONSE']._serialized_start=3861
+  _globals['_DRAINRESPONSE']._serialized_end=3876
+  _globals['_AGENTSERVICE']._serialized_start=3879
+  _globals['_AGENTSERVICE']._serialized_end=4224
 # @@protoc_insertion_point(module_scope)

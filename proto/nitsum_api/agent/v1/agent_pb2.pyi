@@ -131,6 +131,7 @@ class DescribeResponse(_message.Message):
     HIGHEST_TERM_FIELD_NUMBER: _builtins.int
     APPLIED_GENERATION_FIELD_NUMBER: _builtins.int
     APPLIED_OPERATION_ID_FIELD_NUMBER: _builtins.int
+    REFUSED_GPUS_FIELD_NUMBER: _builtins.int
     contract_version: _builtins.str
     agent_id: _builtins.str
     node_name: _builtins.str
@@ -147,6 +148,10 @@ class DescribeResponse(_message.Message):
     def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]: ...
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFacts]: ...
+    @_builtins.property
+    def refused_gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """UUIDs of GPUs that this node was given and cannot use: MIG slices. They are not among gpus."""
+
     def __init__(
         self,
         *,
@@ -161,10 +166,11 @@ class DescribeResponse(_message.Message):
         highest_term: _builtins.int = ...,
         applied_generation: _builtins.int = ...,
         applied_operation_id: _builtins.str = ...,
+        refused_gpus: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "applied_generation", b"applied_generation", "applied_operation_id", b"applied_operation_id", "contract_version", b"contract_version", "engine_build", b"engine_build", "gpus", b"gpus", "highest_term", b"highest_term", "models", b"models", "node_address", b"node_address", "node_group", b"node_group", "node_name", b"node_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_id", b"agent_id", "applied_generation", b"applied_generation", "applied_operation_id", b"applied_operation_id", "contract_version", b"contract_version", "engine_build", b"engine_build", "gpus", b"gpus", "highest_term", b"highest_term", "models", b"models", "node_address", b"node_address", "node_group", b"node_group", "node_name", b"node_name", "refused_gpus", b"refused_gpus"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

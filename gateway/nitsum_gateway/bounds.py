@@ -1,0 +1,192 @@
+"""How much of what a client may set: limits that the OpenAI API has too, and bounds on what would end or stall an engine or a front.
+
+Types are strict: SGLang would take the string "1e999" for a number. A value near float32's edge becomes inf or NaN in an engine's logits,
+and sampling from those ends the engine for everybody.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+CHOICES_MAX = 128
+"""Prompts of one request times `n`."""
+NUMBERS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_p": (1e-6, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 2),
+}
+WHOLE: dict[str, tuple[int, int]] = {
+    "n": (1, 64),
+    "best_of": (1, 64),
+    "top_logprobs": (0, 20),
+    "top_k": (-1, 1 << 30),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+    "min_tokens": (0, 1 << 31),
+    "max_tokens": (0, 1 << 31),
+    "max_completion_tokens": (0, 1 << 31),
+}
+BIAS_MAX, BIASES_MAX = 100, 1024
+STOPS_MAX, STOP_CHARS_MAX, STOP_IDS_MAX = 32, 1024, 1024
+SALT_CHARS_MAX = 256
+MESSAGES_MAX, TOOLS_MAX = 4096, 128
+GRAMMAR_CHARS_MAX = {"regex": 2048, "ebnf": 8192, "json_schema": 65_536, "response_format": 65_536, "tools": 131_072}
+"""Compile time and memory of a grammar grow with its text: 4 MB of alternatives take minutes and gigabytes of an engine's host."""
+SCHEMA_DEPTH_MAX = 64
+"""5,000 levels fit into 115 kB and take 6 GB."""
+PARENS_MAX = 256
+"""In one text, which may be a pattern: the engines' grammar compiler recurses into groups, and 100,000 end the engine (SIGSEGV)."""
+CHARS_PER_TOKEN = 64
+"""No text but white space has so many on average. SGLang's server tokenizes a megabyte in seconds, and no stream of its pool goes on."""
+CONTEXT_UNKNOWN = 131_072
+TEMPLATE_SWITCHES = frozenset(
+    ["enable_thinking", "thinking", "thinking_mode", "thinking_budget", "reasoning_effort", "preserve_thinking", "clear_thinking"]
+)
+"""Of chat_template_kwargs. Others reach the template engine's own arguments, `chat_template` (a program of the client's) among them."""
+
+
+class Wrong(NamedTuple):
+    param: str
+    message: str
+    code: str | None = "invalid_value"
+
+
+def out_of_bounds(body: dict[str, Any]) -> Wrong | None:
+    """The first field that is too much, or of a type that hides how much it is. null means unset."""
+    for name, value in body.items():
+        if value is not None and (check := CHECKS.get(name)) is not None and (message := check(name, value)) is not None:
+            return Wrong(name, message)
+    prompts, n = body.get("prompt"), body.get("n") or 1
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int) and len(prompts) * n > CHOICES_MAX:
+        return Wrong("prompt", f"prompt: {len(prompts)} prompts with n {n} are more than {CHOICES_MAX} choices")
+    return None
+
+
+def too_long(body: dict[str, Any], context_length: int) -> Wrong | None:
+    """A text that cannot fit into the context, told from its size alone: tokenizing it to find out would stall everybody."""
+    most = (context_length or CONTEXT_UNKNOWN) * CHARS_PER_TOKEN
+    prompt = body.get("prompt")
+    texts = prompt if isinstance(prompt, list) and not all(isinstance(t, int) for t in prompt) else [prompt]
+    sizes = {"prompt": max((len(t) for t in texts if isinstance(t, str | list)), default=0)}
+    for name in ("messages", "tools"):
+        if isinstance(value := body.get(name), list):
+            sizes[name] = len(json.dumps(value, ensure_ascii=False)) - 64 * len(value)
+    for name, size in sizes.items():
+        if size > most:
+            message = f"{name}: {size} characters cannot fit into this model's context length of {context_length} tokens"
+            return Wrong(name, message, "context_length_exceeded")
+    return None
+
+
+def _number(name: str, value: Any) -> str | None:
+    low, high = NUMBERS[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        return f"{name} must be a number from {low:g} to {high:g}"
+    return None
+
+
+def _whole(name: str, value: Any) -> str | None:
+    low, high = WHOLE[name]
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        return f"{name} must be a whole number from {low} to {high}"
+    return None
+
+
+def _logprobs(name: str, value: Any) -> str | None:
+    """A switch of chat, a number of completions: each front checks which."""
+    return None if isinstance(value, bool) else _whole("top_logprobs", value) and "logprobs must be true, false or from 0 to 20"
+
+
+def _bias(name: str, value: Any) -> str | None:
+    if not isinstance(value, dict) or len(value) > BIASES_MAX:
+        return f"logit_bias must be an object of at most {BIASES_MAX} token ids"
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            return f"logit_bias: {token[:20]!r} is not a token id"
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -BIAS_MAX <= bias <= BIAS_MAX:
+            return f"logit_bias: the bias of {token} must be a number from -{BIAS_MAX} to {BIAS_MAX}"
+    return None
+
+
+def _stop(name: str, value: Any) -> str | None:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > STOPS_MAX or not all(isinstance(s, str) and len(s) <= STOP_CHARS_MAX for s in stops):
+        return f"stop must be at most {STOPS_MAX} strings of at most {STOP_CHARS_MAX} characters"
+    return None
+
+
+def _stop_ids(name: str, value: Any) -> str | None:
+    ids = value if isinstance(value, list) and len(value) <= STOP_IDS_MAX else [-1]
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in ids):
+        return f"stop_token_ids must be at most {STOP_IDS_MAX} token ids"
+    return None
+
+
+def _salt(name: str, value: Any) -> str | None:
+    return None if isinstance(value, str) and len(value) <= SALT_CHARS_MAX else f"{name} must be a string of at most {SALT_CHARS_MAX}"
+
+
+def _grammar(name: str, value: Any) -> str | None:
+    size = len(value) if isinstance(value, str) else len(json.dumps(value, ensure_ascii=False))
+    if size > GRAMMAR_CHARS_MAX[name]:
+        return f"{name}: {size} characters, at most {GRAMMAR_CHARS_MAX[name]} are taken"
+    if name == "json_schema" and isinstance(value, str):  # the engine's parser has no bound on depth
+        try:
+            value = json.loads(value, object_pairs_hook=_each_once)
+        except (ValueError, RecursionError):
+            return f"{name} must be a JSON schema, written as a string, that names no key twice"
+    return _deep(name, value)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
+def _deep(name: str, value: Any) -> str | None:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > SCHEMA_DEPTH_MAX:
+            return f"{name}: nested deeper than {SCHEMA_DEPTH_MAX} levels"
+        texts = [t for v in level for t in (v if isinstance(v, dict) else (v,)) if isinstance(t, str)]
+        if any(t.count("(") > PARENS_MAX for t in texts):
+            return f"{name}: more than {PARENS_MAX} opening parentheses in one text"
+        level = [c for v in level for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
+    return None
+
+
+def _tools(name: str, value: Any) -> str | None:
+    if isinstance(value, list) and len(value) > TOOLS_MAX:
+        return f"{name}: {len(value)} tools, at most {TOOLS_MAX} are taken"
+    return _grammar(name, value)
+
+
+def _messages(name: str, value: Any) -> str | None:
+    return f"{name}: at most {MESSAGES_MAX} are taken" if isinstance(value, list) and len(value) > MESSAGES_MAX else None
+
+
+def _template(name: str, value: Any) -> str | None:
+    if not isinstance(value, dict) or not set(value) <= TEMPLATE_SWITCHES:
+        return f"{name} may hold only {', '.join(sorted(TEMPLATE_SWITCHES))}"
+    if not all(isinstance(v, bool | int | float | str) for v in value.values()):
+        return f"{name}: values must be true, false, numbers or strings"
+    return None
+
+
+CHECKS: dict[str, Callable[[str, Any], str | None]] = {
+    **dict.fromkeys(NUMBERS, _number),
+    **dict.fromkeys(WHOLE, _whole),
+    **dict.fromkeys(("regex", "ebnf", "json_schema", "response_format"), _grammar),
+    "logprobs": _logprobs,
+    "logit_bias": _bias,
+    "stop": _stop,
+    "stop_token_ids": _stop_ids,
+    "cache_salt": _salt,
+    "tools": _tools,
+    "messages": _messages,
+    "chat_template_kwargs": _template,
+}

@@ -1,0 +1,183 @@
+"""The router between a front that speaks SGLang's structs and nodes that do as they like: what it keeps, what it forgets."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nitsum.routing import GroupView
+from nitsum_api.node.v1 import node_pb2
+from nitsum_api.types.v1 import types_pb2
+from nitsum_gateway.emit import Row
+from nitsum_gateway.router import Router
+
+Kind = node_pb2.Finish
+Refused = node_pb2.Refused
+PARAMS = {
+    "max_new_tokens": 1000, "temperature": 1.0, "top_p": 1.0, "top_k": 1, "min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+    "repetition_penalty": 1.0, "min_new_tokens": 0, "stop_strs": [], "stop_regex_strs": [], "stop_token_ids": None, "ignore_eos": False,
+    "no_stop_trim": False, "skip_special_tokens": True, "spaces_between_special_tokens": True, "logit_bias": None, "sampling_seed": None,
+    "json_schema": None, "regex": None, "ebnf": None, "structural_tag": None, "custom_params": {"nitsum_tier": "fast"},
+}  # fmt: skip
+
+
+class Line:
+    """A node's line that takes everything and says nothing by itself."""
+
+    def __init__(self, agent_id: str, up: bool = True) -> None:
+        self.agent_id, self.up, self.problem = agent_id, up, ""
+        self.frames: list[node_pb2.AttachRequest] = []
+
+    def groups(self) -> list[GroupView]:
+        return [GroupView((self.agent_id, "g"), 1, True, frozenset())] if self.up else []
+
+    def send(self, frame: node_pb2.AttachRequest) -> bool:
+        if self.up:
+            self.frames.append(frame)
+        return self.up
+
+    def learn(self, successors: list[node_pb2.Successor]) -> None:
+        pass
+
+    def submits(self) -> list[node_pb2.Submit]:
+        return [f.submit for f in self.frames if f.HasField("submit")]
+
+
+class Front:
+    """Stands for SGLang's detokenizer: keeps what each request got."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, list[int]] = {}
+        self.ends: dict[str, dict[str, Any]] = {}
+
+    def emit(self, rows: list[Row]) -> None:
+        for row in rows:
+            assert row.request.rid not in self.ends, "something after the end"
+            self.ids.setdefault(row.request.rid, []).extend(row.ids)
+            assert row.output_tokens == len(self.ids[row.request.rid])
+            if row.finish is not None:
+                self.ends[row.request.rid] = row.finish
+
+
+def request(rid: str) -> Any:
+    return SimpleNamespace(
+        rid=rid,
+        input_ids=[1, 2, 3],
+        sampling_params=SimpleNamespace(**PARAMS),
+        return_logprob=False,
+        require_reasoning=False,
+        cache_salt=None,
+    )
+
+
+def router(*lines: Line) -> tuple[Router, Front]:
+    front = Front()
+    r = Router(front, 2048)  # type: ignore[arg-type]
+    r.lines = {line.agent_id: line for line in lines}
+    r.tiers = [types_pb2.Tier(name="fast", ttft_ms=1000, is_default=True)]
+    return r, front
+
+
+def tokens(rid: str, ids: list[int], kind: "Kind.Kind.ValueType" = Kind.KIND_UNSPECIFIED) -> node_pb2.AttachResponse:
+    delta = node_pb2.TokenDelta(request_id=rid, token_ids=ids)
+    if kind:
+        delta.finish.kind = kind
+    return node_pb2.AttachResponse(tokens=node_pb2.TokenBatch(deltas=[delta]))
+
+
+def refused(rid: str, reason: "Refused.Reason.ValueType") -> node_pb2.AttachResponse:
+    return node_pb2.AttachResponse(refused=Refused(request_id=rid, reason=reason, retry_after_ms=5))
+
+
+def inside(work: Callable[[], None]) -> None:
+    async def run() -> None:
+        work()
+
+    asyncio.run(run())
+
+
+WHAT = ["tokens", "tokens", "stop", "moved", "crashed", "error", "aborted", "full", "gone", "invalid", "break", "leave", "late"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(WHAT), st.integers(0, 3), st.integers(0, 1)), max_size=40))
+def test_whatever_nodes_say_nothing_is_kept_of_requests_that_ended(story: list[tuple[str, int, int]]) -> None:
+    """And each ends once, with tokens in the order of their submissions."""
+
+    def work() -> None:
+        lines = [Line("a"), Line("b")]
+        r, front = router(*lines)
+        for i in range(4):
+            r.submit(request(f"r{i}"))
+        old: list[str] = []
+        for what, i, j in story:
+            live = r.live.get(f"r{i}")
+            if what == "break":
+                r.on_break(lines[j])
+            elif what == "leave":
+                r.abort(f"r{i}")
+            elif what == "late":
+                for rid in old[-3:]:
+                    r.on_frame(lines[j], tokens(rid, [666], Kind.KIND_STOP))
+            elif live is not None and live.stream.group is not None:
+                rid, line = live.node_rid(live.stream.hop), r.lines[live.stream.group[0]]
+                old.append(rid)
+                number = [len(live.out)]
+                match what:
+                    case "tokens":
+                        r.on_frame(line, tokens(rid, number))
+                        old.pop()
+                    case "stop":
+                        r.on_frame(line, tokens(rid, number, Kind.KIND_STOP))
+                    case "moved" | "crashed" | "error" | "aborted":
+                        kinds = {"moved": Kind.KIND_MOVED, "crashed": Kind.KIND_ENGINE_CRASHED, "error": Kind.KIND_ERROR}
+                        r.on_frame(line, tokens(rid, [], kinds.get(what, Kind.KIND_ABORTED)))
+                    case _:
+                        reasons = {"full": Refused.REASON_FULL, "gone": Refused.REASON_UNKNOWN_GROUP, "invalid": Refused.REASON_INVALID}
+                        r.on_frame(line, refused(rid, reasons[what]))
+            assert len(r.by_hop) <= len(r.live)
+            assert set(front.ends) | set(r.live) == {f"r{i}" for i in range(4)}
+        for rid, ids in front.ids.items():
+            assert ids == list(range(len(ids))), rid
+        for i in range(4):
+            r.abort(f"r{i}")
+        assert not r.live
+        assert not r.by_hop
+        assert set(front.ends) == {f"r{i}" for i in range(4)}
+        assert r.demand.in_flight["fast"] == 0
+
+    inside(work)
+
+
+def test_a_line_that_was_replaced_takes_no_stream_of_its_successor_along() -> None:
+    def work() -> None:
+        old, new = Line("a"), Line("a")
+        r, front = router(old)
+        r.submit(request("before"))
+        r.lines["a"] = new
+        r.submit(request("after"))
+        assert [len(line.submits()) for line in (old, new)] == [1, 1]
+        r.on_break(old)
+        assert r.live["before"].stream.group is None  # looks for another group
+        assert r.live["after"].stream.group == ("a", "g")
+        assert r.live["after"].stream.moves == 0
+        assert not front.ends
+
+    inside(work)
+
+
+def test_too_long_for_an_engine_is_told_apart_from_invalid() -> None:
+    def work() -> None:
+        line = Line("a")
+        r, front = router(line)
+        for rid in ("long", "bad"):
+            r.submit(request(rid))
+        r.on_frame(line, refused("1.1.", Refused.REASON_TOO_LONG))
+        r.on_frame(line, refused("2.1.", Refused.REASON_INVALID))
+        assert [front.ends[rid]["status_code"] for rid in ("long", "bad")] == [400, 400]
+        assert [front.ends[rid]["message"].endswith(" [context length]") for rid in ("long", "bad")] == [True, False]
+
+    inside(work)
