@@ -1,5 +1,6 @@
 """Ctrl-C at the entry of each phase of the demo leaves no process, socket, file, mount or shared memory behind; nor do a second Ctrl-C
-on the way out, SIGTERM, and a terminal that is closed. What SIGKILL leaves in files, the next demo removes."""
+on the way out. After SIGKILL no process lives on, and what it leaves in files the next demo removes.
+SIGTERM and SIGHUP: test_local_processes.py."""
 
 import asyncio
 import contextlib
@@ -47,6 +48,15 @@ def traces() -> set[str]:
     return {str(f) for f in files} | set(Path("/proc/self/mounts").read_text().splitlines())
 
 
+def named(trace: str) -> bool:
+    """Whether a live process has it in its command line."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if trace.encode() in file.read_bytes():
+                return True
+    return False
+
+
 @pytest.fixture
 def reaper() -> Iterator[None]:
     """Orphans of our children become our children, so that none hides."""
@@ -75,7 +85,7 @@ async def interrupt(phase: Phase, folder: Path, temporary: Path, free: asyncio.S
         assert process.stdout is not None
         said: list[str] = []
         try:
-            async with asyncio.timeout(240):
+            async with asyncio.timeout(420):
                 async for line in process.stdout:
                     said.append(line.decode())
                     if f" {phase}: " in said[-1]:
@@ -104,8 +114,8 @@ async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path
     await asyncio.to_thread(ensure)
     await asyncio.to_thread(tiny_llama)
     processes, before, free = set(descendants()), traces(), asyncio.Semaphore(AT_ONCE)
-    runs = [(p, (signal.SIGINT, signal.SIGINT) if p in (Phase.NODES, Phase.TRAFFIC) else (signal.SIGINT,)) for p in Phase]
-    runs += [(Phase.POOLS, (signal.SIGTERM,)), (Phase.TRAFFIC, (signal.SIGHUP,))]
+    twice = (Phase.NODES, Phase.TRAFFIC)
+    runs = [(p, (signal.SIGINT, signal.SIGINT) if p in twice else (signal.SIGINT,)) for p in Phase if p is not Phase.CHART]
 
     def one(number: int, phase: Phase, signals: tuple[signal.Signals, ...]) -> Coroutine[None, None, str]:
         (temporary / str(number)).mkdir()
@@ -115,6 +125,7 @@ async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path
     mine.mkdir()
 
     async def killed() -> str:
+        """The chart's phase is interrupted in the demo that follows a killed one."""
         first = await interrupt(Phase.TRAFFIC, folder, mine, free, signal.SIGKILL)
         return first or await interrupt(Phase.CHART, folder, mine, free, signal.SIGINT)
 
@@ -122,4 +133,5 @@ async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path
     assert not any(problems), "\n".join(problems)
     left = {pid: line for pid, line in descendants().items() if pid not in processes}
     assert not left, left
-    assert not traces() - before
+    # None of ours lives: what a process names now belongs to a neighbour on this machine.
+    assert not {t for t in traces() - before if not named(t)}
