@@ -55,8 +55,9 @@ binaries: sync ## etcd, kube-apiserver, kube-controller-manager, helm: built onc
 
 .PHONY: test
 test: preflight lint binaries ## Everything, from lint to the end-to-end test
-	$(RUN) pytest tests/unit tests/property tests/golden -n 2 -q
-	@for d in cluster engine e2e; do $(RUN) pytest tests/$$d -q || exit 1; done
+	$(RUN) pytest tests/unit tests/property tests/sim tests/golden -n 2 -q
+	$(RUN) pytest tests/cluster tests/engine -n 2 --dist loadfile -q
+	$(RUN) pytest tests/e2e -q
 
 .PHONY: demo
 demo: preflight sync ## The main job, live (KEEP=1 stays up)
