@@ -110,7 +110,9 @@ def create_node(api: Any, name: str, gpus: int, labels: Mapping[str, str] | None
     try:
         # Tainted: no kubelet would run the pods of others. Not cordoned, which would tell our operator to put nothing here.
         metadata = {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}
-        core.create_node({"metadata": metadata, "spec": {"taints": [{"key": "nitsum.io/local", "effect": "NoSchedule"}]}}, _request_timeout=10)
+        core.create_node(
+            {"metadata": metadata, "spec": {"taints": [{"key": "nitsum.io/local", "effect": "NoSchedule"}]}}, _request_timeout=10
+        )
     except client.ApiException as e:
         if e.status != 409:
             raise
