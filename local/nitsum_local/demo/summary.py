@@ -44,7 +44,9 @@ class Summary:
         if self.pause_ms:
             pauses = f"p50 {statistics.median(self.pause_ms):.0f} ms, widest {max(self.pause_ms):.0f} ms"
         equal = ("equal, token for token" if self.text_equal else "NOT EQUAL") + " against a run without a flip"
-        text = f"{equal} ({self.streams_compared} streams compared)" if self.streams_compared else "nothing to compare: no stream met a flip"
+        text = (
+            f"{equal} ({self.streams_compared} streams compared)" if self.streams_compared else "nothing to compare: no stream met a flip"
+        )
         first = "none" if self.first_flip_after_s is None else f"first after {self.first_flip_after_s:.0f} s"
         return [
             f"flips                {self.flips} ({first}): {' -> '.join(self.layouts)}",
