@@ -110,7 +110,6 @@ def create_node(api: Any, name: str, gpus: int, labels: Mapping[str, str] | None
     """A Node object, Ready, with `gpus` of the extended resource nitsum.io/gpu; one that is there is taken over. Blocks for some ms."""
     core = client.CoreV1Api(api)
     try:
-        # Tainted: no kubelet would run the pods of others. Not cordoned, which would tell our operator to put nothing here.
         metadata = {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}}
         core.create_node({"metadata": metadata, "spec": {"taints": [TAINT]}}, _request_timeout=10)
     except client.ApiException as e:

@@ -86,7 +86,7 @@ class Scenario:
             summary = await self._play(stage, watch)
         view.enter(Phase.SUMMARY, "what happened")
         for line in summary.lines():
-            view.console.print(f"  {line}")
+            view.console.print(f"  {line}", soft_wrap=True)
         view.console.print("look around:" if keep else "look around (`make demo KEEP=1` stays up for it):")
         for line in summary.kubectl:
             view.console.print(f"  {line}", soft_wrap=True, highlight=False)

@@ -43,14 +43,17 @@ class Summary:
         pauses = "none"
         if self.pause_ms:
             pauses = f"p50 {statistics.median(self.pause_ms):.0f} ms, widest {max(self.pause_ms):.0f} ms"
-        equal = "equal, token for token" if self.text_equal else "NOT EQUAL"
+        equal = ("equal, token for token" if self.text_equal else "NOT EQUAL") + " against a run without a flip"
+        text = (
+            f"{equal} ({self.streams_compared} streams compared)" if self.streams_compared else "nothing to compare: no stream met a flip"
+        )
         first = "none" if self.first_flip_after_s is None else f"first after {self.first_flip_after_s:.0f} s"
         return [
             f"flips                {self.flips} ({first}): {' -> '.join(self.layouts)}",
             f"streams              {self.streams}, failed {self.streams_failed}, across a flip {self.streams_across_flip}",
             f"pause of those       {pauses}",
             f"tokens               missing {self.tokens_missing}, repeated {self.tokens_repeated}",
-            f"text                 {equal} against a run without a flip ({self.streams_compared} streams compared)",
+            f"text                 {text}",
             f"planned with         {self.profile}, online correction off",
         ]
 
