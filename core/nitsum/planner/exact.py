@@ -8,10 +8,10 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-from nitsum.planner.problem import KEEP, PIECES, Answer, Counts, Problem
+from nitsum.planner.problem import PIECES, Answer, Counts, Problem
 
-NODES_MAX = 2000
-GAP = 1e-4
+NODES_MAX = 100
+GAP = 1e-3
 
 
 class _Rows:
@@ -71,7 +71,7 @@ def solve(problem: Problem, nodes_max: int = NODES_MAX, fixed: Counts | None = N
         for piece, (most, worth) in enumerate(w.pieces()):
             gain[g_at[t, piece]], upper[g_at[t, piece]] = worth, most
     for (_, pool, tp_size), i in d_at.items():
-        gain[i] = -(tp_size * problem.flip_loss.get(pool, 0.0) + KEEP)
+        gain[i] = -problem.new_loss(pool, tp_size)
     integral = np.zeros(width)
     integral[: len(n_at)] = 1
 

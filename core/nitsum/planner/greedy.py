@@ -1,72 +1,104 @@
-"""The slow plane's fallback: groups one by one, each the one that gains most per GPU, then swaps while one helps. Shares `value`."""
+"""The slow plane's fallback: groups one sort at a time, each the one whose group earns most per GPU on the demand that is still unmet.
+
+A step adds as many equal groups as earn the same, so the steps are bounded by pieces of demand and resources, not by the fleet. Shares
+`value` with the exact search; what it loses to it are flows, which `exact.solve(fixed=...)` finds again.
+"""
 
 from nitsum.planner.problem import Answer, Counts, Problem, value
 
-SWAPS_MAX = 64
+STEPS_MAX = 10_000
 
 
-def _moves(problem: Problem) -> list[tuple[int, int]]:
-    return [
-        (c, k)
-        for c, cls in enumerate(problem.classes)
-        for k, kind in enumerate(problem.kinds)
-        if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0 and any(kind.rates)
-    ]
+class _Left:
+    """Demand and room that are left."""
+
+    def __init__(self, problem: Problem, start: Counts) -> None:
+        self.problem = problem
+        self.need = [[width for width, _ in w.pieces()] for w in problem.wants]
+        self.budget = dict(problem.budgets)
+        self.gpus = [c.nodes * c.gpus for c in problem.classes]
+        self.blocks = [{tp: n * c.nodes for tp, n in c.blocks.items()} for c in problem.classes]
+        self.runs = dict(problem.runs)
+        self.counts: Counts = {}
+        index = {(w.pool, w.tier): t for t, w in enumerate(problem.wants)}
+        self.ways: list[list[tuple[float, float, int, int]]] = []
+        """By kind: (worth x rate, rate, want, piece), what earns most first."""
+        for kind in problem.kinds:
+            ways = [
+                (worth * rate, rate, t, piece)
+                for tier, rate in zip(kind.tiers, kind.rates, strict=True)
+                if rate > 0 and (t := index.get((kind.pool, tier))) is not None
+                for piece, (_, worth) in enumerate(problem.wants[t].pieces())
+            ]
+            self.ways.append(sorted(ways, key=lambda w: (-w[0], w[2], w[3])))
+        for (c, k), n in sorted(start.items()):
+            self.take(c, k, n, self.fill(k, float(n))[1])
+
+    def fill(self, k: int, groups: float) -> tuple[float, list[tuple[int, int, float]]]:
+        """(what so many groups earn on what is left, the pieces they fill)."""
+        earned, left, filled = 0.0, groups, []
+        for density, rate, t, piece in self.ways[k]:
+            if left <= 1e-12:
+                break
+            got = min(self.need[t][piece], left * rate)
+            if got > 1e-12:
+                earned += density / rate * got
+                left -= got / rate
+                filled.append((t, piece, got))
+        return earned, filled
+
+    def room(self, c: int, k: int) -> int:
+        kind = self.problem.kinds[k]
+        if kind.pool not in self.problem.classes[c].pools:
+            return 0
+        return max(
+            min(
+                self.budget.get(kind.pool, 0) // kind.tp_size,
+                self.gpus[c] // kind.tp_size,
+                self.blocks[c].get(kind.tp_size, 0),
+            ),
+            0,
+        )
+
+    def loss(self, c: int, k: int) -> float:
+        """Of one more group there: nothing where one of this pool and TP runs."""
+        kind = self.problem.kinds[k]
+        if not self.problem.runs or self.runs.get((c, kind.pool, kind.tp_size), 0) > 0:
+            return 0.0
+        return self.problem.new_loss(kind.pool, kind.tp_size)
+
+    def take(self, c: int, k: int, n: int, filled: list[tuple[int, int, float]]) -> None:
+        kind = self.problem.kinds[k]
+        self.counts[c, k] = self.counts.get((c, k), 0) + n
+        self.budget[kind.pool] = self.budget.get(kind.pool, 0) - n * kind.tp_size
+        self.gpus[c] -= n * kind.tp_size
+        self.blocks[c][kind.tp_size] = self.blocks[c].get(kind.tp_size, 0) - n
+        key = c, kind.pool, kind.tp_size
+        self.runs[key] = max(self.runs.get(key, 0) - n, 0)
+        for t, piece, got in filled:
+            self.need[t][piece] = max(self.need[t][piece] - got, 0.0)
 
 
-def _with(counts: Counts, key: tuple[int, int], n: int) -> Counts:
-    changed = dict(counts)
-    changed[key] = changed.get(key, 0) + n
-    if changed[key] <= 0:
-        del changed[key]
-    return changed
-
-
-def solve(problem: Problem, start: Counts | None = None, swaps_max: int = SWAPS_MAX) -> Answer:
-    """From nothing or from `start`, which only grows where `swaps_max` is 0. Steps double where the same kind keeps winning, so that work
-    does not grow with the fleet."""
-    best = value(problem, start if start is not None and problem.legal(start) else {}, "greedy")
-    moves = _moves(problem)
-    step: dict[tuple[int, int], int] = {}
-    while True:
-        found: tuple[float, tuple[int, int], Answer] | None = None
-        for key in moves:
-            for n in {step.get(key, 1), 1}:
-                trial = _with(best.counts, key, n)
-                if not problem.legal(trial):
-                    continue
-                answer = value(problem, trial, "greedy")
-                gain = (answer.score - best.score) / (n * problem.kinds[key[1]].tp_size)
-                if answer.score > best.score + 1e-9 and (found is None or gain > found[0] + 1e-12):
-                    found = gain, key, answer
-        if found is None:
+def solve(problem: Problem, start: Counts | None = None) -> Answer:
+    """From nothing, or from `start`, to which groups are only added."""
+    left = _Left(problem, start if start is not None and problem.legal(start) else {})
+    for _ in range(STEPS_MAX):
+        best: tuple[float, int, int, list[tuple[int, int, float]]] | None = None
+        for k, kind in enumerate(problem.kinds):
+            earned, filled = left.fill(k, 1.0)
+            if earned <= 1e-12:
+                continue
+            for c in range(len(problem.classes)):
+                if left.room(c, k) > 0:
+                    gain = (earned - left.loss(c, k)) / kind.tp_size
+                    if gain > 0 and (best is None or gain > best[0] + 1e-12):
+                        best = gain, c, k, filled
+        if best is None:
             break
-        step[found[1]] = min(step.get(found[1], 1) * 2, 1 << 12)
-        best = found[2]
-    for _ in range(swaps_max):
-        better = _swap(problem, best, moves)
-        if better is None:
-            break
-        best = better
-    return best
-
-
-def _swap(problem: Problem, best: Answer, moves: list[tuple[int, int]]) -> Answer | None:
-    """One group out, as many of another kind in as its GPUs allow; the best such exchange, None where none helps."""
-    found: Answer | None = None
-    for out in sorted(best.counts):
-        freed = problem.kinds[out[1]].tp_size
-        for key in moves:
-            if key == out or key[0] != out[0]:
-                continue
-            size = problem.kinds[key[1]].tp_size
-            gone = max(-(-size // freed), 1)
-            if best.counts[out] < gone:
-                continue
-            trial = _with(_with(best.counts, out, -gone), key, max(gone * freed // size, 1))
-            if not problem.legal(trial):
-                continue
-            answer = value(problem, trial, "greedy")
-            if answer.score > max(best.score, found.score if found else best.score) + 1e-9:
-                found = answer
-    return found
+        _, c, k, filled = best
+        n = min(int(min(left.need[t][piece] / got for t, piece, got in filled)), left.room(c, k))
+        if problem.runs and (running := left.runs.get((c, problem.kinds[k].pool, problem.kinds[k].tp_size), 0)) > 0:
+            n = min(n, running)  # beyond those that run the price changes
+        n = max(n, 1)
+        left.take(c, k, n, [(t, piece, got * n) for t, piece, got in filled])
+    return value(problem, left.counts, "greedy")

@@ -103,6 +103,10 @@ class Problem:
             and all(n <= self.classes[c].nodes * self.classes[c].blocks.get(tp, 0) for (c, tp), n in blocks.items())
         )
 
+    def new_loss(self, pool: str, tp_size: int) -> float:
+        """Of one group that did not run before."""
+        return tp_size * self.flip_loss.get(pool, 0.0) + KEEP
+
     def switch_loss(self, counts: Counts) -> float:
         """Of groups that are new on their class: GPUs x flip_loss, and KEEP for each."""
         new: dict[tuple[int, str, int], int] = {}
@@ -111,7 +115,7 @@ class Problem:
             new[key] = new.get(key, 0) + n
         if not self.runs:
             return 0.0
-        return sum(max(n - self.runs.get(key, 0), 0) * (key[2] * self.flip_loss.get(key[1], 0.0) + KEEP) for key, n in new.items())
+        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2]) for key, n in new.items())
 
 
 @dataclass(frozen=True)

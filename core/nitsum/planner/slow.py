@@ -120,7 +120,7 @@ class SlowPlane:
         legal = asked.legal(counts)
         losses = {q.pool.name: flip_loss(q, snapshot, sum(_score(asked, current, q.pool.name))) for q in moves if q.running}
         asked = replace(asked, flip_loss=losses)
-        base = self._at_best(asked, greedy.solve(asked, counts, swaps_max=0)) if legal and counts else None
+        base = self._at_best(asked, greedy.solve(asked, counts)) if legal and counts else None
         best = self._best(asked)
         change = base is None or best.score > base.score * (1 + settings.gain_min)
         answer = best if change else base
