@@ -173,7 +173,7 @@ def test_degrees_that_do_not_divide_each_other_still_fill_the_node() -> None:
 
 
 def test_a_solver_that_fails_is_named_and_greedy_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("numbers")
 
     monkeypatch.setattr(exact, "solve", fail)

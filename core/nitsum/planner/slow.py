@@ -106,7 +106,7 @@ class SlowPlane:
         if not self._use_exact:
             return fallback
         try:
-            found = exact.solve(asked)
+            found = exact.solve(asked, start=fallback)
         except Exception as e:  # boundary to a foreign solver
             return replace(fallback, note=f"the exact solver failed ({type(e).__name__}: {e}); greedy decided")
         if found is None:
