@@ -123,5 +123,10 @@ class DemandEstimator:
         """Sorted by pool and tier."""
         return tuple(t.frozen or self._estimate(p, tier, t, now) for (p, tier), t in sorted(self._tiers.items()))
 
+    @property
+    def tiers(self) -> tuple[tuple[str, str], ...]:
+        """(pool, tier) of all that is known."""
+        return tuple(self._tiers)
+
     def forget(self, pool: str) -> None:
         self._tiers = {k: t for k, t in self._tiers.items() if k[0] != pool}

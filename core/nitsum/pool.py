@@ -30,7 +30,10 @@ class Tier:
 
 @dataclass(frozen=True)
 class Pool:
-    """One accepted ServingPool. `name` is `namespace/name`; `model` is what clients put in `model`."""
+    """One accepted ServingPool. `name` is `namespace/name`; `model` is what clients put in `model`.
+
+    `checkpoint`: a short digest of what is loaded and from where, so that engines of a changed one are not taken for engines of this one.
+    """
 
     name: str
     uid: str
@@ -41,6 +44,7 @@ class Pool:
     allowed_tp: tuple[int, ...] = ()
     profile: str = ""
     mode: AdaptationMode = AdaptationMode.ACTIVE
+    checkpoint: str = ""
 
     def __post_init__(self) -> None:
         assert self.budget_gpus >= 0

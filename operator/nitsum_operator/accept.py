@@ -1,7 +1,4 @@
-"""Which pools are acted on, and as what: the newest valid spec, else the last accepted one.
-
-The last accepted spec is kept in memory: after a restart of the operator a pool whose newest spec is wrong runs on, but is not planned.
-"""
+"""Which pools are acted on, and as what: the newest valid spec, else the last accepted one, which status keeps across restarts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,8 +84,13 @@ def judge(
             check_facts(pool, facts.get(pool.model, []))
             if key_message := rejected.get((key, generation)):
                 raise InvalidSpec("spec.tensorParallel.allowed", key_message, Reason.ILLEGAL_TENSOR_PARALLEL)
-            accepted = Accepted(pool, model, profile_for(pool, gpu_types, profiles), generation)
-            result[key] = Judgement(accepted, "True", Reason.ACCEPTED, "The spec is in force.")
+            if not pool.profile and not gpu_types and last is not None and last.generation == generation:
+                result[key] = Judgement(last, "True", Reason.ACCEPTED, "The spec is in force.")
+            elif not pool.profile and not gpu_types:  # a profile goes by GPU type, which no agent has named yet
+                result[key] = Judgement(last, "Unknown", Reason.MODEL_FACTS_PENDING, "No agent has reported its GPUs yet; is one running?")
+            else:
+                accepted = Accepted(pool, model, profile_for(pool, gpu_types, profiles), generation)
+                result[key] = Judgement(accepted, "True", Reason.ACCEPTED, "The spec is in force.")
         except InvalidSpec as e:
             after = f" Generation {last.generation} stays in force." if last else ""
             if last is not None and last.pool.model in owner:

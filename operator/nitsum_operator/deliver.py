@@ -1,5 +1,6 @@
 """Routes to gateways: to each when they differ from what it has, with a generation above all that it has seen."""
 
+import asyncio
 import logging
 from collections.abc import Mapping
 
@@ -22,9 +23,8 @@ class Delivery:
     async def send(self, links: Mapping[str, Link], wanted: list[gateway_pb2.PoolRoute], term: int) -> None:
         self._sent = {a: s for a, s in self._sent.items() if a in links}
         body = gateway_pb2.ApplyRoutesRequest(pools=wanted).SerializeToString(deterministic=True)
-        for address, link in links.items():
-            if link.described is not None:
-                await self._send(address, link, wanted, body, term)
+        known = [(a, link) for a, link in links.items() if link.described is not None]
+        await asyncio.gather(*(self._send(a, link, wanted, body, term) for a, link in known))
 
     async def _send(self, address: str, link: Link, wanted: list[gateway_pb2.PoolRoute], body: bytes, term: int) -> None:
         generation, last = self._sent.get(address, (0, b""))

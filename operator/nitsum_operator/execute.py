@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import grpc
@@ -94,6 +95,17 @@ def directive(node: NodePlan, pools: Mapping[str, Accepted], generation: int, te
     return result
 
 
+def named(message: str, models: Mapping[str, str]) -> list[str]:
+    """Pools whose model a rejection is about, of those in its directive; all of them where it names none. `models`: by pool."""
+    found = [m for m in models.values() if re.search(rf"(?<![\w.:/-]){re.escape(m)}(?![\w/-])", message)]
+    return [n for n, m in models.items() if m in found or not found]
+
+
+def concerned(agent: Agent, node: NodePlan) -> set[str]:
+    """Pools that have a group on a node, or shall have one."""
+    return {g.pool for g in node.layout.groups} | {r.group.pool.name for r in agent.report.groups}
+
+
 @dataclass
 class Sent:
     """The last directive to one agent and what became of it. Times: monotonic seconds."""
@@ -112,10 +124,19 @@ class Executor:
     """Highest term that an agent answered STALE_TERM with."""
     illegal: dict[tuple[str, int], str] = field(default_factory=dict)
     """ILLEGAL_TP messages by (pool, generation)."""
+    carried: frozenset[str] = frozenset()
+    """Pools that exist without a spec in force. What runs of them stays, so their nodes get no directive: it could not name the model."""
+
+    def keep(self, agents: Collection[str], pools: Collection[str]) -> None:
+        """Forgets the others."""
+        self.sent = {i: s for i, s in self.sent.items() if i in agents}
+        self.illegal = {k: m for k, m in self.illegal.items() if k[0] in pools}
 
     def wanted(self, agent: Agent, node: NodePlan, pools: Mapping[str, Accepted]) -> bool:
         """Whether this node needs a directive now."""
         if not agent.connected or agent.in_progress or agent.report.draining:
+            return False
+        if any(r.group.pool.name in self.carried for r in agent.report.groups):
             return False
         last, mark = self.sent.get(agent.agent_id), digest(node, pools)
         applied = agent.report.applied_operation_id
@@ -153,6 +174,5 @@ class Executor:
             self.stale_term = max(self.stale_term, answer.rejected.highest_term)
             sent.at = 0.0  # again at once, with a higher term
         elif answer.rejected.reason == REJECTED.REASON_ILLEGAL_TP:
-            named = [n for n, a in pools.items() if a.pool.model in answer.rejected.message] or list(pools)
-            for n in named:
+            for n in named(answer.rejected.message, {p.pool.name: p.model.name for p in d.pools}):
                 self.illegal[n, pools[n].generation] = answer.rejected.message

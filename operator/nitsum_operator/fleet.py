@@ -22,6 +22,8 @@ class Fleet:
     """(reason, message) of peers that are announced but were never understood."""
     removed: set[str] = field(default_factory=set)
     """Agents whose ServingNode shall go; whoever deletes it takes the id out."""
+    _gone: set[str] = field(default_factory=set)
+    """Of which that was said already."""
 
     def adopt(self, lost: Iterable[Agent | None]) -> None:
         """Agents that an earlier leader knew, until they are heard of again."""
@@ -33,11 +35,13 @@ class Fleet:
         """The agents that report now."""
         links = list(links)
         seen = [self._heard(link, store) for link in links if link.described is not None and link.report is not None]
-        present = {a.agent_id for a in seen}
-        self.removed -= present
+        answering = {a.agent_id for a in seen if a.connected}
+        uuids = {g.uuid for a in seen if a.connected for g in a.described.gpus}
+        self._gone -= answering
+        self.removed -= answering
         by_address = {link.endpoint.address: link for link in links}
-        for agent_id in set(self.agents) - present:
-            self._lose(self.agents[agent_id], by_address, store)
+        for agent_id in set(self.agents) - answering:
+            self._lose(self.agents[agent_id], by_address, store, uuids)
         known = {a.link.endpoint.address for a in self.agents.values() if a.link is not None}
         self.strangers = tuple(
             (str(link.trouble), f"{link.endpoint.address}: {link.problem}")
@@ -54,21 +58,29 @@ class Fleet:
         trouble = link.trouble if link.problem else Reason.STALE_REPORTS
         address = d.node_address or link.endpoint.node_address
         problem = link.problem or ("" if fresh else f"no report for {LOST_AFTER_S:g} s")
-        self.agents[d.agent_id] = agent = Agent(d.agent_id, d, report, labels, fresh, address, link, problem, trouble)
+        self.agents[d.agent_id] = agent = Agent(
+            d.agent_id, d, report, labels, fresh, address, link, problem, trouble, name in store.cordoned
+        )
         return agent
 
-    def _lose(self, agent: Agent, by_address: dict[str, Link], store: Store) -> None:
+    def _lose(self, agent: Agent, by_address: dict[str, Link], store: Store, answering: set[str]) -> None:
+        """`answering`: GPUs of agents that report."""
         link = by_address.get(agent.link.endpoint.address) if agent.link is not None else None
+        node = agent.described.node_name
         agent.connected = False
-        agent.labels = {**store.nodes.get(agent.described.node_name, {}), "nitsum.io/node-group": agent.described.node_group}
+        agent.labels = {**store.nodes.get(node, {}), "nitsum.io/node-group": agent.described.node_group}
         if link is not None and link.problem:
             agent.problem, agent.trouble = link.problem, link.trouble
         elif link is None:
             agent.problem, agent.trouble = agent.problem or "its endpoint is gone", Reason.AGENT_LOST
-        if not store.may_hold(agent.described.node_name):
-            del self.agents[agent.agent_id]
-            if agent.described.node_name not in store.nodes:
-                self.removed.add(agent.agent_id)
+        # A pod that follows another on its node has all of its GPUs, so the other one holds nothing.
+        replaced = link is None and bool(agent.described.gpus) and all(g.uuid in answering for g in agent.described.gpus)
+        if store.may_hold(node) and not replaced:
+            return
+        del self.agents[agent.agent_id]
+        if (replaced or node not in store.nodes) and agent.agent_id not in self._gone:
+            self._gone.add(agent.agent_id)
+            self.removed.add(agent.agent_id)
 
     @property
     def facts(self) -> dict[str, list[agent_pb2.ModelFacts]]:

@@ -20,16 +20,35 @@ class Store:
         self.pools: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, dict[str, str]] = {}
         self.out_of_service: set[str] = set()
+        self.cordoned: set[str] = set()
+        self.events = 0
+        """Grows with everything that the watches bring: what was listed before is older."""
 
-    def saw_node(self, name: str, labels: Mapping[str, str], taints: Iterable[str]) -> None:
+    def saw_pool(self, key: str, body: dict[str, Any] | None) -> None:
+        self.events += 1
+        if body is None:
+            self.pools.pop(key, None)
+        else:
+            self.pools[key] = body
+
+    def saw_node(self, name: str, labels: Mapping[str, str], taints: Iterable[str], cordoned: bool = False) -> None:
+        self.lost_node(name)
         self.nodes[name] = dict(labels)
-        self.out_of_service.discard(name)
         if OUT_OF_SERVICE in taints:
             self.out_of_service.add(name)
+        if cordoned:
+            self.cordoned.add(name)
 
     def lost_node(self, name: str) -> None:
+        self.events += 1
         self.nodes.pop(name, None)
         self.out_of_service.discard(name)
+        self.cordoned.discard(name)
+
+    @property
+    def highest_term(self) -> int:
+        """That an operator has written to a pool's status."""
+        return max((int((p.get("status") or {}).get("term") or 0) for p in self.pools.values()), default=0)
 
     def may_hold(self, name: str) -> bool:
         """Whether GPUs of a node that does not answer count as used: until it is deleted, or tainted out of service."""
@@ -47,16 +66,13 @@ def register(store: Store) -> kopf.OperatorRegistry:
     @kopf.on.event(GROUP, VERSION, POOLS, registry=registry)
     async def pool(event: Any, body: Any, name: str, namespace: str | None, **_: Any) -> None:
         key = f"{namespace}/{name}"
-        if event["type"] == "DELETED":
-            store.pools.pop(key, None)
-        else:
-            store.pools[key] = copy.deepcopy(dict(body))
+        store.saw_pool(key, None if event["type"] == "DELETED" else copy.deepcopy(dict(body)))
 
     @kopf.on.event("", "v1", "nodes", registry=registry)
     async def node(event: Any, name: str | None, labels: Any, spec: Any, **_: Any) -> None:
         if event["type"] == "DELETED":
             store.lost_node(str(name))
         else:
-            store.saw_node(str(name), labels, [t.get("key", "") for t in spec.get("taints") or []])
+            store.saw_node(str(name), labels, [t.get("key", "") for t in spec.get("taints") or []], bool(spec.get("unschedulable")))
 
     return registry

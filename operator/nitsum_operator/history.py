@@ -1,6 +1,6 @@
 """Flips as reports tell of them: each counted once, the last few kept with why they were wanted."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from nitsum.layout import Layout
@@ -37,8 +37,11 @@ class History:
         """Flips since the pool was created, those of earlier leaders included."""
         return self._total.get(pool, 0)
 
-    def keep(self, pools: Iterable[str]) -> None:
+    def keep(self, pools: Iterable[str], agents: Collection[str]) -> None:
         """Forgets the others."""
+        for by_agent in (self.flip_at, self._layouts, self._seen):
+            for lost in set(by_agent) - set(agents):
+                by_agent.pop(lost, None)
         for gone in set(self._last) - set(pools):
             self._last.pop(gone)
             self._total.pop(gone, None)

@@ -16,6 +16,9 @@ from kubernetes.client.exceptions import ApiException
 from nitsum_api.issue import issue, new_ca
 from nitsum_api.security import Identity
 
+LABELS = {"app.kubernetes.io/name": "nitsum", "app.kubernetes.io/managed-by": "nitsum-operator"}
+"""Helm knows nothing of these Secrets: an uninstall leaves them, and people find them by this."""
+
 
 def due(certificate_pem: bytes, now: datetime) -> bool:
     """Renewed at two thirds of its life; what cannot be read is renewed at once."""
@@ -51,7 +54,7 @@ class Issuer:
     def _write(self, name: str, data: Mapping[str, bytes], version: str | None) -> None:
         """Creates it, or replaces the version that was read. A conflict raises ApiException: the next cycle looks again."""
         body = client.V1Secret(
-            metadata=client.V1ObjectMeta(name=name, namespace=self._namespace, resource_version=version),
+            metadata=client.V1ObjectMeta(name=name, namespace=self._namespace, resource_version=version, labels=LABELS),
             type="kubernetes.io/tls",
             data={k: base64.b64encode(v).decode() for k, v in data.items()},
         )

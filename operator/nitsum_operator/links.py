@@ -74,6 +74,8 @@ class Link:
     task: asyncio.Task[None] | None = None
     reports: list[Any] = field(default_factory=list)
     """Gateways: windows not yet taken by the estimator, at most 64."""
+    credentials: int = 0
+    """Which certificate it was opened with."""
 
     @property
     def stub(self) -> Any:
@@ -91,13 +93,14 @@ class Link:
         while True:
             try:
                 stub = self.stub
-                described = await stub.Describe(pb.DescribeRequest(contract_version=CONTRACT_VERSION), timeout=CALL_S)
-                if described.contract_version != CONTRACT_VERSION:
-                    self.described = self.report = None  # what it says is not understood, so it is left alone
-                    text = f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
-                    raise Mismatch(text)
-                self.described, self.problem = described, ""
+                await self._describe(stub, pb)
+                complete = self.role == "gateway" or bool(self.described.gpus)
                 async for answer in stub.Watch(pb.WatchRequest(contract_version=CONTRACT_VERSION, interval_ms=INTERVAL_MS)):
+                    if self.role == "agent":
+                        # GPUs are the host's to tell: an agent that came up before it, or outlived it, knows of them only now.
+                        if answer.report.host_connected and not complete:
+                            await self._describe(stub, pb)
+                        complete = answer.report.host_connected
                     self.report, self.heard_at, self.problem, pause = answer.report, time.monotonic(), "", 0.2
                     if self.role == "gateway":
                         self.reports = [*self.reports[-63:], answer.report]
@@ -110,6 +113,14 @@ class Link:
             await asyncio.sleep(pause)
             pause = min(pause * 2, BACKOFF_MAX_S)
 
+    async def _describe(self, stub: Any, pb: Any) -> None:
+        described = await stub.Describe(pb.DescribeRequest(contract_version=CONTRACT_VERSION), timeout=CALL_S)
+        if described.contract_version != CONTRACT_VERSION:
+            self.described = self.report = None  # what it says is not understood, so it is left alone
+            text = f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
+            raise Mismatch(text)
+        self.described, self.problem = described, ""
+
 
 class Links:
     def __init__(self) -> None:
@@ -117,13 +128,19 @@ class Links:
         self.gateways: dict[str, Link] = {}
 
     async def update(self, role: str, found: tuple[Endpoint, ...], tls: Path) -> None:
-        """Opens links to new endpoints and closes those that are gone."""
+        """Opens links to new endpoints and closes those that are gone. A channel keeps the certificate that it was opened with, so a
+        renewed one means a new channel; what is known of the peer stays."""
         links = self.agents if role == "agent" else self.gateways
         for address in set(links) - {e.address for e in found}:
             await self._close(links.pop(address))
+        credentials = max((tls / name).stat().st_mtime_ns for name in ("ca.crt", "tls.crt", "tls.key"))
         for e in found:
-            if e.address not in links:
-                link = links[e.address] = Link(e, role, secure_channel(e.address, role, tls))
+            if e.address not in links or links[e.address].credentials != credentials:
+                link = Link(e, role, secure_channel(e.address, role, tls), credentials=credentials)
+                if (old := links.get(e.address)) is not None:
+                    link.described, link.report, link.heard_at, link.reports = old.described, old.report, old.heard_at, old.reports
+                    await self._close(old)
+                links[e.address] = link
                 link.task = asyncio.create_task(link.follow(), name=f"{role} {e.address}")
 
     async def _close(self, link: Link) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import kopf
 from kubernetes import client
@@ -24,6 +25,16 @@ from nitsum_operator.handlers import Store, register
 from nitsum_operator.reconcile import Reconciler
 
 HEALTHY_FOR_S = 60.0
+REQUEST_S = (5.0, 10.0)
+"""To connect to the API server, and to read an answer."""
+
+
+class PatientClient(client.ApiClient):  # type: ignore[misc]
+    """No call waits for ever: by default the library would, on a connection that nobody ends."""
+
+    def call_api(self, *args: Any, **named: Any) -> Any:
+        named["_request_timeout"] = named.get("_request_timeout") or REQUEST_S
+        return super().call_api(*args, **named)
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,7 +78,7 @@ async def run(args: argparse.Namespace, settings: operator_settings.Settings, pr
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     holder = f"{os.environ.get('POD_NAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
-    reconciler = Reconciler(client.ApiClient(), args.namespace, holder, settings, profiles, store)
+    reconciler = Reconciler(PatientClient(), args.namespace, holder, settings, profiles, store)
     kopf_settings = kopf.OperatorSettings()
     kopf_settings.posting.enabled = False
     kopf_settings.peering.standalone = True

@@ -16,6 +16,10 @@ ENGINES: dict[int, Any] = {1: "Starting", 2: "Warming", 3: "Parked", 4: "Awake",
 ROLES: dict[int, Any] = {1: "Mixed", 2: "Prefill", 3: "Decode"}
 
 
+PARTS_MAX = 64
+"""GPUs, groups, engines shown, as the schema bounds them."""
+
+
 def node_object(agent: Agent) -> dict[str, Any]:
     d = agent.described
     spec = {"agentId": agent.agent_id, "nodeName": d.node_name, "nodeGroup": d.node_group}
@@ -48,18 +52,18 @@ def node_status(agent: Agent, before: Mapping[str, Any], now: str) -> NodeStatus
     return NodeStatus(
         address=agent.node_address,
         contract_version=d.contract_version,
-        engine_build=d.engine_build,
+        engine_build=d.engine_build[:256],
         epoch=r.epoch,
         highest_term=max(r.highest_term, d.highest_term),
         applied_generation=r.applied_generation,
         applied_operation_id=r.applied_operation_id,
-        problem=r.problem,
+        problem=r.problem[:1024],
         draining=r.draining,
         layout=describe(g.tp_size for g in opened),
         gpu_count=len(d.gpus),
-        gpus=[GpuStatus(uuid=g.uuid, index=g.index, type=g.type, memory_bytes=g.memory_bytes, island=g.island) for g in d.gpus],
-        groups=[_group(g, index) for g in r.groups],
-        engines=[_engine(e) for e in r.engines],
+        gpus=[GpuStatus(uuid=g.uuid, index=g.index, type=g.type, memory_bytes=g.memory_bytes, island=g.island) for g in d.gpus[:PARTS_MAX]],
+        groups=[_group(g, index) for g in r.groups[:PARTS_MAX]],
+        engines=[_engine(e) for e in r.engines[:PARTS_MAX]],
         conditions=[condition(k, *row, old, now, 1) for k, row in rows.items()],
     )
 
@@ -72,7 +76,7 @@ def _group(g: agent_pb2.GroupReport, index: Mapping[str, int]) -> GroupStatus:
         role=ROLES.get(g.group.role),
         state=STATES.get(g.state),
         gpus=[index[u] for u in g.group.gpu_uuids if u in index],
-        tiers=[s.tier for s in g.group.shares],
+        tiers=[s.tier for s in g.group.shares][:16],
     )
 
 
@@ -83,5 +87,5 @@ def _engine(e: agent_pb2.EngineReport) -> EngineStatus:
         tp=e.engine.tp_size,
         state=ENGINES.get(e.state),
         restarts=e.restarts,
-        message=e.message,
+        message=e.message[:512],
     )

@@ -30,6 +30,8 @@ class Agent:
     problem: str = ""
     trouble: Reason = Reason.AGENT_LOST
     """What kind of problem, while it is not connected."""
+    cordoned: bool = False
+    """Its Node is unschedulable: what it runs stays, nothing is added or changed."""
 
     @property
     def facts(self) -> dict[str, agent_pb2.ModelFacts]:
@@ -59,7 +61,8 @@ def layout_of(report: agent_pb2.NodeReport) -> Layout:
     groups: list[Group] = []
     used: set[str] = set()
     for r in sorted(report.groups, key=lambda r: r.state == types_pb2.GROUP_STATE_CLOSING):
-        if len(r.group.gpu_uuids) == r.group.tp_size and not used & set(r.group.gpu_uuids):
+        fits = len(set(r.group.gpu_uuids)) == r.group.tp_size == len(r.group.gpu_uuids) and not used & set(r.group.gpu_uuids)
+        if fits and r.group.group_id not in {g.group_id for g in groups}:
             used |= set(r.group.gpu_uuids)
             groups.append(group_from(r.group))
     return Layout(tuple(sorted(groups, key=lambda g: g.group_id)))
@@ -72,8 +75,11 @@ def residency_of(report: agent_pb2.NodeReport) -> Residency:
 
 
 def node_of(agent: Agent, legal_tp: Mapping[str, tuple[int, ...]]) -> Node:
-    gpus = tuple(sorted(Gpu(g.index, g.uuid, g.type, g.memory_bytes, g.island) for g in agent.described.gpus))
-    return Node(agent.agent_id, gpus, tuple(sorted(agent.labels.items())), dict(legal_tp))
+    by_index: dict[int, Gpu] = {}  # names of engines are made of indexes: one that is given twice is used once
+    for g in agent.described.gpus:
+        if g.uuid not in {known.uuid for known in by_index.values()}:
+            by_index.setdefault(g.index, Gpu(g.index, g.uuid, g.type, g.memory_bytes, g.island))
+    return Node(agent.agent_id, tuple(sorted(by_index.values())), tuple(sorted(agent.labels.items())), dict(legal_tp))
 
 
 def windows(report: gateway_pb2.DemandReport) -> list[Window]:

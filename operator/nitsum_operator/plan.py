@@ -1,22 +1,26 @@
 """From what is observed and accepted to a Snapshot, and from that to a Plan."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from nitsum.demand import TierDemand
 from nitsum.layout import Layout
 from nitsum.planner.types import NodeView, Plan, PlannerSettings, Snapshot
 from nitsum.planner.v0 import plan
+from nitsum_api.agent.v1 import agent_pb2
 from nitsum_operator.accept import Accepted
 from nitsum_operator.observe import Agent, layout_of, node_of, residency_of
 
 
-def legal_tp(agent: Agent, accepted: Mapping[str, Accepted]) -> dict[str, tuple[int, ...]]:
-    """Facts where there are some. Before: what the spec allows, which the agent then checks against the model's config."""
-    facts = agent.facts
+def legal_tp(agent: Agent, elsewhere: Mapping[str, agent_pb2.ModelFacts], accepted: Mapping[str, Accepted]) -> dict[str, tuple[int, ...]]:
+    """Facts where there are some, of the agent itself or of another: a node that joins must not narrow what runs on the others.
+
+    Before: what the spec allows, which the agent then checks against the model's config.
+    """
+    facts = {**elsewhere, **{m: f for m, f in agent.facts.items() if f.legal_tp}}
     result = {}
     for a in accepted.values():
         known = facts.get(a.pool.model)
-        result[a.pool.model] = tuple(known.legal_tp) if known is not None and known.legal_tp else (a.pool.allowed_tp or (1,))
+        result[a.pool.model] = tuple(known.legal_tp) if known is not None else (a.pool.allowed_tp or (1,))
     return result
 
 
@@ -27,9 +31,15 @@ def snapshot(
     sent: Mapping[str, Layout],
     last_flip_at: Mapping[str, float],
     settings: PlannerSettings,
+    carried: Collection[str] = (),
 ) -> Snapshot:
-    """`sent`: layouts of the last directives; on a node that flips, that is what it will be."""
+    """`sent`: layouts of the last directives; on a node that flips, that is what it will be.
+
+    `carried`: pools that exist but have no spec in force. A node that runs one stays as it is until that is mended.
+    """
     views = []
+    facts = {m: f for a in agents.values() for m, f in a.facts.items() if f.legal_tp}
+    answering = {g.uuid for a in agents.values() if a.connected for g in a.described.gpus}
     holds: dict[str, list[str]] = {}
     for agent_id, agent in sorted(agents.items()):
         flipping = agent.in_progress
@@ -37,17 +47,18 @@ def snapshot(
         usable = agent.connected and not agent.report.draining
         if not usable:
             for g in layout.groups:
-                holds.setdefault(g.pool, []).extend(g.gpu_uuids)
+                # A GPU that another agent reports is given to that one: its own says what it holds.
+                holds.setdefault(g.pool, []).extend(u for u in g.gpu_uuids if agent.connected or u not in answering)
             layout = Layout()
         views.append(
             NodeView(
-                node_of(agent, legal_tp(agent, accepted)),
+                node_of(agent, legal_tp(agent, facts, accepted)),
                 residency_of(agent.report),
                 layout,
                 {r.group.group_id: r.load.resident_tokens for r in agent.report.groups},
                 agent.report.observed_at.ToNanoseconds() / 1e9,
                 flipping,
-                usable,
+                usable and not agent.cordoned and not any(g.pool in carried for g in layout.groups),
                 last_flip_at.get(agent_id),
             )
         )

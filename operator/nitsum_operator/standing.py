@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nitsum.planner.types import PoolPlan, Verdict
+from nitsum.pool import AdaptationMode
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.conditions import PoolCondition, Reason
 from nitsum_api.resources import Condition
@@ -45,6 +46,8 @@ class Standing:
     wanted: frozenset[Any]
     runs: frozenset[Any]
     rejections: Mapping[str, str]
+    held: int = 0
+    gateways: tuple[tuple[str, str], ...] = ()
 
     @property
     def lost(self) -> tuple[Agent, ...]:
@@ -87,8 +90,19 @@ class Standing:
                 return "True", Reason.DRAINING, f"{a.agent_id} is draining."
             if self.rejections.get(a.agent_id):
                 return "True", Reason.DIRECTIVE_REJECTED, f"{a.agent_id}: {self.rejections[a.agent_id]}"
+            if not a.report.host_connected:
+                return "True", Reason.HOST_UNAVAILABLE, f"{a.agent_id}: {a.report.problem or 'its engine host does not answer'}"
             if a.report.problem:
                 return "True", Reason.ENGINES_FAILED, f"{a.agent_id}: {a.report.problem}"
+            if a.report.flip.outcome == agent_pb2.FlipReport.OUTCOME_REVERTED:
+                return "True", Reason.FLIP_REVERTED, f"{a.agent_id}: {a.report.flip.message or 'the new layout did not wake'}"
+        if self.gateways:
+            return ("True", *self.gateways[0])
+        if self.plan is not None and self.judged.accepted is not None and self.plan.verdict is not Verdict.BLOCKED:
+            found, budget = self.plan.gpus + self.held, self.judged.accepted.pool.budget_gpus
+            if found < budget:
+                text = f"{found} of the {budget} GPUs of spec.budget are there for it"
+                return "True", Reason.NOT_ENOUGH_GPUS, f"{text}; add nodes, widen nodeSelector, or lower spec.budget.gpus."
         return "False", Reason.HEALTHY, "Nothing known to be wrong."
 
     def _connected(self) -> Row:
@@ -108,6 +122,10 @@ class Standing:
             return "False", Reason.SLO_INFEASIBLE, f"{tight.tier}: {tight.binding}; raise spec.budget.gpus or loosen its targets."
         return "True", Reason.WITHIN_BUDGET, "Every tier is expected to reach its target."
 
+    @property
+    def _mode(self) -> AdaptationMode | None:
+        return self.judged.accepted.pool.mode if self.judged.accepted is not None else None
+
     def _progressing(self) -> Row:
         if any(a.report.flip.outcome == agent_pb2.FlipReport.OUTCOME_RUNNING for a in self.agents):
             return "True", Reason.FLIPPING, "A flip between warm engines is running."
@@ -115,4 +133,6 @@ class Standing:
             return "True", Reason.CHANGING_RESIDENCY, "Engines are being started or stopped."
         if self.plan is not None and self.plan.verdict is Verdict.BLOCKED:
             return "False", Reason.PLAN_BLOCKED, "; ".join(self.plan.reasons)
+        if self.plan is not None and self.plan.would_change and self._mode is AdaptationMode.ADVISORY:
+            return "False", Reason.ADVISORY, self.plan.reasons[-1]
         return "False", Reason.PLANNED, "What runs is what the plan wants."

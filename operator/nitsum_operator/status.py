@@ -10,7 +10,7 @@ from typing import Any
 
 from nitsum.layout import Layout
 from nitsum.planner.types import Plan, Snapshot, TierOutlook, Verdict
-from nitsum_api.conditions import summary_reason
+from nitsum_api.conditions import PoolCondition, Reason, summary_reason
 from nitsum_api.resources import (
     AcceptedSpec,
     AgentCounts,
@@ -70,9 +70,14 @@ FIGURES = {"attainment", "goodput", "tiersSummary", "tiers"}
 
 
 def without_figures(status: Mapping[str, Any]) -> dict[str, Any]:
-    """What people would miss if it came half a minute late: conditions, layout, plan, flips; but not figures that move all the time."""
+    """What people would miss if it came half a minute late: conditions, layout, plan, flips; but not figures that move all the time.
+
+    Feasible is one of them: at its edge it follows every step of the demand estimate.
+    """
     plan = {k: v for k, v in (status.get("plan") or {}).items() if k not in ("expectedGoodput", "rejected", "reasons")}
-    return {**{k: v for k, v in status.items() if k not in FIGURES}, "plan": plan}
+    conditions = [c for c in status.get("conditions") or [] if c["type"] != PoolCondition.FEASIBLE]
+    reason = None if status.get("reason") == Reason.SLO_INFEASIBLE else status.get("reason")
+    return {**{k: v for k, v in status.items() if k not in FIGURES}, "plan": plan, "conditions": conditions, "reason": reason}
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class Seen:
     operations: Mapping[str, str]
     term: int
     now: float
+    gateways: tuple[tuple[str, str], ...] = ()
+    """(reason, message) of gateways that are left alone."""
 
 
 def pool_status(
@@ -108,12 +115,12 @@ def pool_status(
     runs = frozenset((r.group.engine_id, tuple(r.group.gpu_uuids)) for r in opened)
     pool_plan = plan.pool(name)
     outlook = {t.tier: t for t in pool_plan.tiers} if pool_plan else {}
-    standing = Standing(judged, pool_plan, agents, seen.strangers, groups, places, runs, seen.rejections)
+    held = len(set(seen.taken.holds.get(name, ())) - {u for r in groups for u in r.group.gpu_uuids})
+    standing = Standing(judged, pool_plan, agents, seen.strangers, groups, places, runs, seen.rejections, held, seen.gateways)
     old = {c["type"]: c for c in before.get("conditions") or []}
     conditions = [condition(k, *row, old, rfc3339(seen.now), generation) for k, row in standing.rows().items()]
     names = [t.name for t in a.pool.tiers] if a else []
     tiers = tier_rows(name, seen.figures, names, outlook, seen.now)
-    held = sum(len(set(u)) for p, u in seen.taken.holds.items() if p == name)
     used = sum(r.group.tp_size for r in groups)
     budget = a.pool.budget_gpus if a else obj["spec"]["budget"]["gpus"]
     figures = [seen.figures.tier(name, t, seen.now) for t in names]
@@ -125,7 +132,7 @@ def pool_status(
         layout=describe(r.group.tp_size for r in opened),
         attainment=_percent(good / finished) if finished else before.get("attainment"),
         goodput=f"{sum(f.goodput for f in figures):.1f}/s",
-        tiers_summary=" ".join(f"{t.name} {t.attainment}" for t in tiers if t.attainment) or None,
+        tiers_summary=" ".join(f"{t.name} {t.attainment}" for t in tiers if t.attainment)[:1024] or None,
         flips=flips_total,
         gpus=GpuCounts(budget=budget, used=used, held=held, summary=f"{used + held}/{budget}"),
         groups=GroupCounts(wanted=len(wanted), ready=len(opened)),
@@ -150,11 +157,15 @@ def plan_status(
     mark = sha256(places.encode()).hexdigest()[:12]
     changed = before.get("id") != mark
     verdict = Verdict.BLOCKED if pool_plan.verdict is Verdict.BLOCKED else Verdict.KEEP if same else Verdict.CHANGE
+    nodes = {n.agent_id for n in plan.nodes if any(g.pool == name for g in n.layout.groups)}
+    operations = " ".join(sorted(seen.operations[i] for i in nodes if i in seen.operations))[:128] or None
+    if _changes(before.get("operationId")) == _changes(operations):
+        operations = before.get("operationId")  # only limits were sent anew
     keep = not changed and bool(before.get("reasons")) and verdict is Verdict.KEEP
     return PlanStatus(
         id=mark,
         generation=before.get("generation", 0) + 1 if changed else before.get("generation", 1),
-        operation_id=" ".join(sorted({seen.operations[n.agent_id] for n in plan.nodes if n.agent_id in seen.operations}))[:128] or None,
+        operation_id=operations,
         decided_at=now if changed else before.get("decidedAt", now),
         verdict=verdict.value,
         layout=layout,
@@ -167,13 +178,18 @@ def plan_status(
     )
 
 
+def _changes(operations: str | None) -> list[str]:
+    """Operation ids without their counters."""
+    return [o.partition(".")[0] for o in (operations or "").split()]
+
+
 def _in_force(obj: Mapping[str, Any], judged: Judgement, before: Mapping[str, Any]) -> AcceptedSpec | None:
     """The newest spec where it was accepted; else what stood there before."""
     kept = before.get("accepted")
     if judged.accepted is not None and judged.accepted.generation == obj["metadata"].get("generation", 0):
         text = json.dumps(obj["spec"], sort_keys=True, separators=(",", ":"))
         return AcceptedSpec(generation=judged.accepted.generation, spec=text) if len(text) <= SPEC_KEPT_MAX else None
-    return AcceptedSpec.model_validate(kept) if kept and judged.accepted is not None else None
+    return AcceptedSpec.model_validate(kept) if kept and (judged.accepted is not None or judged.status == "Unknown") else None
 
 
 def layout_text(layout: Layout, pool: str) -> str:

@@ -1,8 +1,10 @@
 """Statuses to the API server: one patch per object and cycle, and only when something to be seen has changed."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from kubernetes import client
@@ -15,53 +17,100 @@ from nitsum_operator.status import without_figures
 
 FIGURES_S = 30.0
 """Measured figures alone are a reason to write at most this often."""
+REFUSED = (400, 403, 413, 422)
+"""Of one object: no reason to stop work on the others."""
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Written:
+    """`older`: versions of the object that the watch may still show although this status is newer."""
+
+    status: dict[str, Any]
+    version: str
+    older: frozenset[str]
 
 
 class Writer:
     def __init__(self, custom: client.CustomObjectsApi) -> None:
         self._custom = custom
-        self._written: dict[str, dict[str, Any]] = {}
-        """What was written last is newer than what the watch has brought back."""
+        self._pools: dict[str, _Written] = {}
+        self._nodes: dict[str, dict[str, Any]] = {}
         self._at: dict[str, float] = {}
+        self._refused: dict[str, str] = {}
 
     def before(self, key: str, obj: Mapping[str, Any]) -> dict[str, Any]:
-        """The pool's status as it stands."""
-        return self._written.get(key) or dict(obj.get("status") or {})
+        """The pool's status as it stands. What was written last, until the watch shows that or something newer."""
+        written = self._pools.get(key)
+        if written is not None and obj["metadata"].get("resourceVersion") in written.older:
+            return written.status
+        self._pools.pop(key, None)
+        return dict(obj.get("status") or {})
 
-    async def pool(self, key: str, obj: Mapping[str, Any], status: PoolStatus) -> None:
-        """Raises ApiException, but not where the pool has just been deleted."""
+    async def pool(self, key: str, obj: Mapping[str, Any], status: PoolStatus) -> bool:
+        """False where the pool has changed since `obj`, is gone, or a newer leader wrote: what was planned with it is out of date."""
         old, new = self.before(key, obj), status.dump()
+        if (old.get("term") or 0) > (status.term or 0):
+            return False
         if new == old:
-            return
+            return True
         recent = time.monotonic() - self._at.get(key, -FIGURES_S) < FIGURES_S
         if recent and without_figures(new) == without_figures(old):
-            return
-        patch = {"status": {**dict.fromkeys(set(old) - set(new)), **new}}
+            return True
+        seen, written = obj["metadata"].get("resourceVersion", ""), self._pools.get(key)
+        version = written.version if written is not None else seen
+        patch = {"metadata": {"resourceVersion": version}, "status": {**dict.fromkeys(set(old) - set(new)), **new}}
         namespace, _, name = key.partition("/")
+        call = self._custom.patch_namespaced_custom_object_status
         try:
-            await asyncio.to_thread(self._custom.patch_namespaced_custom_object_status, GROUP, VERSION, namespace, POOLS, name, patch)
+            found = await asyncio.to_thread(call, GROUP, VERSION, namespace, POOLS, name, patch)
+        except ApiException as e:
+            if e.status not in (404, 409, *REFUSED):
+                raise
+            self._pools.pop(key, None)
+            if e.status in REFUSED:
+                self._note(key, e)
+            return e.status in REFUSED
+        older = {seen, version, *(written.older if written is not None else ())}
+        self._pools[key] = _Written(new, found["metadata"]["resourceVersion"], frozenset(older))
+        self._at[key] = time.monotonic()
+        self._refused.pop(key, None)
+        return True
+
+    async def node(self, agent: Agent, now: str) -> bool:
+        """True where it called the API server."""
+        agent_id = agent.agent_id
+        known = agent_id in self._nodes
+        try:
+            if not known:
+                self._nodes[agent_id] = await asyncio.to_thread(self._found, agent)
+            new = nodes.node_status(agent, self._nodes[agent_id], now).dump()
+            if new == self._nodes[agent_id]:
+                return not known
+            await asyncio.to_thread(self._custom.patch_cluster_custom_object_status, GROUP, VERSION, NODES, agent_id, {"status": new})
+            self._nodes[agent_id] = new
+        except ApiException as e:
+            if e.status not in (404, 409, *REFUSED):
+                raise
+            self._nodes.pop(agent_id, None)
+            if e.status in REFUSED:
+                self._note(f"node {agent_id}", e)
+        return True
+
+    def _found(self, agent: Agent) -> dict[str, Any]:
+        get: Callable[..., dict[str, Any]] = self._custom.get_cluster_custom_object
+        try:
+            return get(GROUP, VERSION, NODES, agent.agent_id).get("status") or {}
         except ApiException as e:
             if e.status != 404:
                 raise
-            return
-        self._written[key], self._at[key] = new, time.monotonic()
+        create: Callable[..., dict[str, Any]] = self._custom.create_cluster_custom_object
+        return create(GROUP, VERSION, NODES, nodes.node_object(agent)).get("status") or {}
 
-    async def node(self, agent: Agent, now: str) -> None:
-        key = f"node {agent.agent_id}"
-        if key not in self._written:
-            try:
-                found = await asyncio.to_thread(self._custom.get_cluster_custom_object, GROUP, VERSION, NODES, agent.agent_id)
-            except ApiException as e:
-                if e.status != 404:
-                    raise
-                body = nodes.node_object(agent)
-                found = await asyncio.to_thread(self._custom.create_cluster_custom_object, GROUP, VERSION, NODES, body)
-            self._written[key] = found.get("status") or {}
-        new = nodes.node_status(agent, self._written[key], now).dump()
-        if new != self._written[key]:
-            patch = {"status": new}
-            await asyncio.to_thread(self._custom.patch_cluster_custom_object_status, GROUP, VERSION, NODES, agent.agent_id, patch)
-            self._written[key] = new
+    def saw_nodes(self, objects: Iterable[Mapping[str, Any]]) -> None:
+        """As listed just now: what people changed or deleted is written anew."""
+        listed = {o["metadata"]["name"]: dict(o.get("status") or {}) for o in objects}
+        self._nodes = {k: listed[k] for k in self._nodes if k in listed}
 
     async def remove_node(self, agent_id: str) -> None:
         """Its Node is gone, and its agent with it."""
@@ -70,10 +119,16 @@ class Writer:
         except ApiException as e:
             if e.status != 404:
                 raise
-        self._written.pop(f"node {agent_id}", None)
+        self._nodes.pop(agent_id, None)
+
+    def _note(self, key: str, e: ApiException) -> None:
+        text = (e.body or "")[:500]
+        if self._refused.get(key) != text:
+            log.error("the API server refused the status of %s: %s %s", key, e.status, text)
+        self._refused[key] = text
 
     def forget(self, keep: Iterable[str]) -> None:
         """Pools that are gone."""
-        for gone in {k for k in self._written if not k.startswith("node ")} - set(keep):
-            del self._written[gone]
-            self._at.pop(gone, None)
+        keep = set(keep)
+        self._pools = {k: w for k, w in self._pools.items() if k in keep}
+        self._at = {k: t for k, t in self._at.items() if k in keep}

@@ -69,7 +69,7 @@ class Reason(StrEnum):
     MODEL_NAME_TAKEN = "ModelNameTaken", "Accepted=False", "An older pool serves a model of this name; rename one of them."
     UNSUPPORTED_MODEL = "UnsupportedModel", "Accepted=False", "The checkpoint cannot be served, or not be found; the message says why."
     UNKNOWN_PROFILE = "UnknownProfile", "Accepted=False", "There is no step-time profile of that name; the message lists those there are."
-    MODEL_FACTS_PENDING = "ModelFactsPending", "Accepted=Unknown", "No agent has read the model's config yet."
+    MODEL_FACTS_PENDING = "ModelFactsPending", "Accepted=Unknown", "No agent has reported yet, so there is nothing to plan with."
 
     SERVING = "Serving", "Ready=True, Serving=True", "Requests are served."
     AWAITING_PLAN = "AwaitingPlan", "Ready=False", "The spec was accepted; the first plan is being made."
@@ -107,17 +107,15 @@ class Reason(StrEnum):
     )
     WRONG_IDENTITY = (
         "WrongIdentity",
-        "AgentsConnected=False, Connected=False",
+        "AgentsConnected=False, Connected=False, Degraded=True",
         "The peer's certificate is not of the role or node that it should be.",
     )
     HOST_UNAVAILABLE = "HostUnavailable", "Connected=False, Degraded=True", "The agent reports, but its engine host does not answer."
-    GPU_REFUSED = "GpuRefused", "Connected=False", "The agent was given GPUs that cannot be used, such as MIG slices."
     DRAINING = "Draining", "Serving=False, Degraded=True", "The node ends its streams and refuses new work."
     IDLE = "Idle", "Serving=False", "No pool has a group here."
 
     DIRECTIVE_REJECTED = "DirectiveRejected", "Degraded=True", "An agent refused a directive; the message has its reason."
     FLIP_REVERTED = "FlipReverted", "Degraded=True", "The new layout did not wake, so the old one serves again."
-    SUPERSEDED_TERM = "SupersededTerm", "Degraded=True", "A peer has seen a higher term than this operator's; a newer leader exists."
     HEALTHY = "Healthy", "Degraded=False", "Nothing known to be wrong."
 
 

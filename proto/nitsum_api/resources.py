@@ -5,6 +5,7 @@ left out, as a newer schema may have some.
 """
 
 from collections.abc import Mapping
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -337,5 +338,7 @@ def pool_from_resource(obj: Mapping[str, Any]) -> tuple[Pool, ModelSpec]:
         allowed_tp=_allowed(spec),
         profile=spec.profile or "",
         mode=AdaptationMode((spec.adaptation.mode if spec.adaptation else None) or AdaptationMode.ACTIVE),
+        # The pool's name is in it because engine ids hold only the beginning of a long one.
+        checkpoint=sha256(f"{meta['namespace']}/{meta['name']} {spec.model.source.model_dump_json()}".encode()).hexdigest()[:6],
     )
     return pool, spec.model

@@ -3,6 +3,7 @@
 CRDs are those of the release that `installed` made; `TEST_KUBECONFIG` names another server instead, which then gets them.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nitsum_local.controlplane import ControlPlane
+from nitsum_local.install import install_chart
 
 ROOT = Path(__file__).parents[2]
 CHART, NAMESPACE, RELEASE = ROOT / "charts/nitsum", "test-chart", "charttest"
@@ -83,11 +87,11 @@ ALLOWED = [
     ("create", "servingnodes.nitsum.io", ""),
     ("patch", "servingnodes.nitsum.io/status", ""),
     ("watch", "nodes", ""),
-    ("watch", "endpointslices.discovery.k8s.io", ""),
-    ("update", "leases.coordination.k8s.io", ""),
+    ("list", "endpointslices.discovery.k8s.io", ""),
+    ("update", "leases.coordination.k8s.io/nitsum-operator", ""),
+    ("create", "leases.coordination.k8s.io", ""),
     ("create", "secrets", ""),
     ("update", "secrets/nitsum-ca", ""),
-    ("create", "events", "-A"),
 ]
 DENIED = [
     ("update", "servingpools.nitsum.io", ""),
@@ -96,6 +100,10 @@ DENIED = [
     ("list", "secrets", ""),
     ("update", "nodes", ""),
     ("create", "pods", ""),
+    ("create", "events", "-A"),
+    ("update", "leases.coordination.k8s.io", ""),
+    ("patch", "servingnodes.nitsum.io", ""),
+    ("patch", "secrets/nitsum-ca", ""),
     ("get", "leases.coordination.k8s.io", "-A"),
 ]
 
@@ -117,3 +125,26 @@ def run_can_i(run: Run, verb: str, words: list[str], scope: str) -> bool:
         return run("kubectl", "auth", "can-i", verb, *words, account, *([scope] if scope else [])).strip() == "yes"
     except AssertionError:
         return False
+
+
+def test_an_upgrade_of_the_chart_upgrades_the_crds(
+    installed: ControlPlane, submit: Callable[..., Any], binaries: dict[str, Path], kubectl: Callable[..., str], tmp_path: Path
+) -> None:
+    """Helm would never touch files in `crds/`; ours are templates."""
+
+    def columns() -> list[str]:
+        return kubectl(
+            "get", "crd", "servingpools.nitsum.io", "-o", "jsonpath={.spec.versions[0].additionalPrinterColumns[*].name}"
+        ).split()
+
+    newer = shutil.copytree(CHART, tmp_path / "nitsum")
+    crd = newer / "files/crds/nitsum.io_servingpools.yaml"
+    text = crd.read_text()
+    column = "        - {name: Profile, type: string, priority: 1, jsonPath: .status.plan.profile, description: Profile.}\n"
+    crd.write_text(text.replace("        - {name: Age,", f"{column}        - {{name: Age,"))
+    before = columns()
+    upgrade = functools.partial(install_chart, installed.admin_kubeconfig, binaries["helm"], installed.state_dir)
+    submit(upgrade(chart=newer))
+    assert columns() == [*before[:-1], "Profile", "Age"]
+    submit(upgrade())
+    assert columns() == before

@@ -32,7 +32,8 @@ def test_nodes_and_endpoints_of_local_processes(installed: ControlPlane, admin: 
     with api_client(installed.client_kubeconfig("nitsum-operator", install.NAMESPACE)) as operator:
         found = client.DiscoveryV1Api(operator).list_namespaced_endpoint_slice(install.NAMESPACE).items
         assert [(e.node_name, e.addresses) for s in found for e in s.endpoints] == [("local-a", [address])]
-        assert client.CoreV1Api(operator).read_node("local-a").status.capacity["nitsum.io/gpu"] == "2"
+        found = {n.metadata.name: n for n in client.CoreV1Api(operator).list_node().items}
+        assert found["local-a"].status.capacity["nitsum.io/gpu"] == "2"
 
 
 def test_stop_leaves_no_process(binaries: dict[str, Path], submit: Callable[[Coroutine[Any, Any, Any]], Any], tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import grpc
 import pytest
 import yaml
 
+from nitsum.faults import FaultPoint
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
 from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
@@ -41,17 +44,22 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
 
     def __init__(self) -> None:
         self.directives: list[agent_pb2.NodeDirective] = []
+        self.version = CONTRACT_VERSION
+
+    @property
+    def highest_term(self) -> int:
+        return max([7, *(d.term for d in self.directives)])
 
     async def Describe(self, request: Any, context: Any) -> agent_pb2.DescribeResponse:
         await require_role(context, "operator")
         gpus = [agent_pb2.Gpu(uuid=f"slot-{i}", index=i, type="slot") for i in range(2)]
         return agent_pb2.DescribeResponse(
-            contract_version=CONTRACT_VERSION,
+            contract_version=self.version,
             agent_id="op-node",
             node_name="op-node",
             node_address="127.0.0.1:1",
             gpus=gpus,
-            highest_term=7,
+            highest_term=self.highest_term,
         )
 
     async def Apply(self, request: agent_pb2.ApplyRequest, context: Any) -> agent_pb2.ApplyResponse:
@@ -61,8 +69,8 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
 
     async def Watch(self, request: Any, context: Any) -> Any:
         await require_role(context, "operator")
-        while True:
-            report = agent_pb2.NodeReport(agent_id="op-node", highest_term=7, host_connected=True)
+        while self.version == CONTRACT_VERSION:
+            report = agent_pb2.NodeReport(agent_id="op-node", highest_term=self.highest_term, host_connected=True)
             report.observed_at.GetCurrentTime()
             if self.directives:
                 d = self.directives[-1]
@@ -123,8 +131,12 @@ def ctl(request: pytest.FixtureRequest) -> Kubectl:
     return command
 
 
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
 @pytest.fixture
-def operator(ctl: Kubectl, tmp_path: Path) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def operator(ctl: Kubectl, tmp_path: Path) -> Iterator[Start]:
+    """Starts one more; keywords are added to its environment."""
     token = ctl("-n", NAMESPACE, "create", "token", "nitsum-operator").strip()
     config = yaml.safe_load(Path(ctl.kubeconfig).read_text())  # type: ignore[attr-defined]
     config["users"][0]["user"] = {"token": token}
@@ -134,13 +146,14 @@ def operator(ctl: Kubectl, tmp_path: Path) -> Iterator[Callable[[], subprocess.P
     command = [sys.executable, "-m", "nitsum_operator.main", "--namespace", NAMESPACE, "--kubeconfig", str(path), "--health-port", "0"]
     started: list[subprocess.Popen[bytes]] = []
 
-    def start() -> subprocess.Popen[bytes]:
+    def start(**environment: str) -> subprocess.Popen[bytes]:
         with (tmp_path / "operator.log").open("ab") as log:
-            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+            started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment))
         return started[-1]
 
     yield start
     for process in started:
+        process.send_signal(signal.SIGCONT)
         process.terminate()
         process.wait(20)
     print((tmp_path / "operator.log").read_text()[-8000:])
@@ -155,8 +168,8 @@ async def until(probe: Callable[[], Any], what: str, seconds: float = 30) -> Any
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
-def status(ctl: Kubectl) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(ctl("get", "servingpool", "op-chat", "-o", "json")).get("status", {})
+def status(ctl: Kubectl, name: str = "op-chat") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(ctl("get", "servingpool", name, "-o", "json")).get("status", {})
     return found
 
 
@@ -164,8 +177,9 @@ def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:
     return next((c for c in found.get("conditions", []) if c["type"] == kind), {})
 
 
-async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Callable[[], subprocess.Popen[bytes]], tmp_path: Path) -> None:
-    process = operator()
+@contextlib.asynccontextmanager
+async def announced(ctl: Kubectl, tmp_path: Path) -> AsyncIterator[tuple[ObedientAgent, ListeningGateway]]:
+    """An agent and a gateway with the certificates that the operator issued, found through EndpointSlices. Ends with no pool left."""
 
     def secret(name: str) -> dict[str, str]:
         listed = json.loads(ctl("-n", NAMESPACE, "get", "secrets", "-o", "json"))["items"]
@@ -200,6 +214,17 @@ async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Callable[[], 
     try:
         ctl("apply", "-f", "-", stdin=slice_of("nitsum-agents", [{"name": "agent", "port": port}, {"name": "node", "port": 1}]))
         ctl("apply", "-f", "-", stdin=slice_of("nitsum-gateways", [{"name": "gateway", "port": front_port}]))
+        yield agent, gateway
+    finally:
+        await server.stop(0)
+        await front.stop(0)
+        ctl("-n", NAMESPACE, "delete", "endpointslice", "op-test-nitsum-agents", "op-test-nitsum-gateways", "--ignore-not-found")
+        ctl("delete", "servingpool", "op-chat", "op-second", "--ignore-not-found")
+
+
+async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Start, tmp_path: Path) -> None:
+    process = operator()
+    async with announced(ctl, tmp_path) as (agent, gateway):
         ctl("apply", "-f", "-", stdin=json.dumps(POOL))
         await until(lambda: agent.directives, "a directive")
         first = agent.directives[0]
@@ -236,8 +261,66 @@ async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Callable[[], 
         ctl("delete", "servingpool", "op-chat")
         await until(lambda: len(agent.directives) == 2, "the directive that ends it")
         assert not agent.directives[1].layout
-    finally:
-        await server.stop(0)
-        await front.stop(0)
-        ctl("-n", NAMESPACE, "delete", "endpointslice", "op-test-nitsum-agents", "op-test-nitsum-gateways", "--ignore-not-found")
-        ctl("delete", "servingpool", "op-chat", "--ignore-not-found")
+
+
+async def test_killed_at_every_point_and_then_deposed(ctl: Kubectl, operator: Start, tmp_path: Path) -> None:
+    """One change of a spec is carried through three deaths of the operator; then a leader that was only asleep comes back."""
+
+    def lead(fault: FaultPoint | None = None) -> subprocess.Popen[bytes]:
+        # What a new leader has to wait for is tested above; here the dead one's Lease goes at once.
+        ctl("-n", NAMESPACE, "delete", "lease", "nitsum-operator", "--ignore-not-found")
+        return operator(**({"NITSUM_FAULT": str(fault)} if fault else {}))
+
+    process = lead()
+    async with announced(ctl, tmp_path) as (agent, _):
+        ctl("apply", "-f", "-", stdin=json.dumps(POOL))
+        await until(lambda: condition(status(ctl), "Ready").get("status") == "True", "Ready")
+        process.kill()
+        process.wait()
+        count, generation = len(agent.directives), status(ctl)["observedGeneration"]
+        ctl("patch", "servingpool", "op-chat", "--type=merge", "-p", '{"spec":{"tensorParallel":{"allowed":[2]}}}')
+        for point, sent in (
+            (FaultPoint.OPERATOR_PLANNED, 0),
+            (FaultPoint.OPERATOR_INTENT_WRITTEN, 0),
+            (FaultPoint.OPERATOR_HALF_SENT, 1),
+        ):
+            assert await asyncio.to_thread(lead(point).wait, 40) == -signal.SIGKILL, point
+            assert len(agent.directives) - count == sent, point
+            seen = status(ctl)
+            assert (seen["observedGeneration"] == generation) == (point is FaultPoint.OPERATOR_PLANNED), "intent before execution"
+        asleep = lead()
+        found = await until(lambda: (s := status(ctl)).get("layout") == "1xTP2" and condition(s, "Ready")["status"] == "True" and s, "TP 2")
+        assert len(agent.directives) - count == 1, "the one that was half sent is what runs: it is not sent again"
+        terms = [d.term for d in agent.directives]
+        assert terms == sorted(terms)
+
+        asleep.send_signal(signal.SIGSTOP)
+        lead()
+        newer = await until(lambda: (s := status(ctl))["term"] > found["term"] and s, "a newer leader")
+        asleep.send_signal(signal.SIGCONT)
+        ctl("patch", "servingpool", "op-chat", "--type=merge", "-p", '{"spec":{"tensorParallel":{"allowed":[1]}}}')
+        await until(lambda: status(ctl).get("layout") == "2xTP1", "the newer one's directive")
+        await asyncio.sleep(3)
+        assert {d.term for d in agent.directives[count + 1 :]} == {newer["term"]}, "the older one gives no more directives"
+        assert status(ctl)["term"] == newer["term"], "and writes no status"
+        ctl("patch", "servingpool", "op-chat", "--subresource=status", "--type=merge", "-p", '{"status":{"layout":"by hand"}}')
+        await until(lambda: status(ctl).get("layout") == "2xTP1", "what people write into status is written over")
+
+        second = POOL | {"metadata": {"name": "op-second", "namespace": "default"}}
+        ctl("apply", "-f", "-", stdin=json.dumps(second))
+        taken = await until(lambda: (c := condition(status(ctl, "op-second"), "Accepted")) and c, "a judgement of the second pool")
+        assert (taken["status"], taken["reason"]) == ("False", "ModelNameTaken")
+        assert "default/op-chat" in taken["message"]
+        ctl("delete", "servingpool", "op-second")
+
+        count = len(agent.directives)
+        agent.version = "another"
+        found = await until(
+            lambda: (c := condition(status(ctl), "AgentsConnected")).get("reason") == "ContractVersionMismatch" and c, "the mismatch"
+        )
+        assert "bring both to one release" in found["message"]
+        ctl("patch", "servingpool", "op-chat", "--type=merge", "-p", '{"spec":{"tensorParallel":{"allowed":[2]}}}')
+        await asyncio.sleep(2)
+        assert len(agent.directives) == count, "it is left alone"
+        agent.version = CONTRACT_VERSION
+        await until(lambda: status(ctl).get("layout") == "1xTP2", "what was wanted meanwhile")

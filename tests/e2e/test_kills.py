@@ -44,7 +44,8 @@ KILLS = [
 def folder(system: System, kill: Kill) -> Path:
     """Where a file `fault` arms the process."""
     if kill.process == "engine":
-        return system.stage.run_dir / NODE / f"h/e/default.tiny-tp{kill.tp_size}-0"
+        (found,) = (system.stage.run_dir / NODE / "h/e").glob(f"default.tiny-tp{kill.tp_size}-0-*")
+        return found
     return system.stage.fault_dir(kill.process)
 
 

@@ -45,10 +45,18 @@ def test_chart_carries_the_crds_of_the_one_source(helm: str) -> None:
     assert source == {p.name: p.read_text() for p in (CHART / "files/crds").glob("*.yaml")}, "cp crds/*.yaml charts/nitsum/files/crds/"
     rendered = render(helm)
     assert all(text.strip() in rendered for text in source.values())
+    assert all("helm.sh/resource-policy: keep" in text for text in source.values()), "uninstalling the chart would delete every pool"
 
 
 def test_lint(helm: str) -> None:
     subprocess.run([helm, "lint", "--strict", str(CHART)], check=True, capture_output=True, timeout=60)
+
+
+def test_two_node_groups_of_one_name_are_refused(helm: str) -> None:
+    group = '{"name":"a","gpusPerNode":1}'
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        render(helm, "--set-json", f"agent.nodeGroups=[{group},{group}]")
+    assert "rename one of them" in refused.value.stderr
 
 
 @pytest.mark.parametrize("flag", ["gateway.replicas=0", "typo=1", "agent.stateVolume.hostPath.path=/x", "operator.healthPort=80"])

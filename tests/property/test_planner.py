@@ -1,5 +1,6 @@
 """What must hold of every plan, whatever fleet, demand and budget."""
 
+import time
 from dataclasses import replace
 
 from hypothesis import given, settings
@@ -109,3 +110,90 @@ def test_frozen_advisory_stale_and_flipping_keep_what_runs() -> None:
 def test_gpus_that_a_lost_node_may_hold_count_against_the_budget() -> None:
     s = replace(snapshot((pool(budget=2),), fleet(2), agents=1.0), holds={"default/chat": ("lost-0",)})
     assert sum(g.tp_size for g in plan(s, 0.0).nodes[0].layout.groups) == 1
+
+
+def wide(step: int, tp: int = 1, count: int = 2, **fields: object) -> tuple[Pool, tuple[NodeView, ...]]:
+    """A pool of `count` groups of one TP that runs on one node of `step` GPUs."""
+    p = replace(pool(budget=step), allowed_tp=(tp,))
+    nodes = applied(fleet(step), plan(snapshot((p,), fleet(step), agents=1.0), 0.0))
+    assert [g.tp_size for g in nodes[0].layout.groups] == [tp] * count
+    return replace(p, **fields), nodes  # type: ignore[arg-type]
+
+
+def tps(p: Plan, node: int = 0) -> list[int]:
+    return [g.tp_size for g in p.nodes[node].layout.groups]
+
+
+def test_a_new_tier_is_served_at_once_and_a_removed_one_is_forgotten() -> None:
+    for mode in AdaptationMode:
+        p, nodes = wide(2, tiers=(Tier("interactive", 2000, 50), Tier("rare", 2000, 50, weight=0.01), Tier("night")), mode=mode)
+        kept = plan(snapshot((p,), nodes, interactive=50.0), 0.0)
+        assert {s.tier for g in kept.nodes[0].layout.groups for s in g.shares} == {"interactive", "rare", "night"}
+        assert [g.group_id for g in kept.nodes[0].layout.groups] == [g.group_id for g in nodes[0].layout.groups], "no flip"
+
+
+def test_another_checkpoint_or_model_is_another_engine() -> None:
+    for mode in AdaptationMode:
+        p, nodes = wide(2, mode=mode, checkpoint="c0ffee")
+        changed = plan(snapshot((p,), nodes, agents=1.0), 0.0)
+        assert all(g.engine_id.endswith("-c0ffee") for g in changed.nodes[0].layout.groups)
+        assert all(e.engine_id.endswith("-c0ffee") for e in changed.nodes[0].residency.engines), "the old ones go"
+        assert "nothing that runs fits" in changed.pools[0].reasons[-1]
+        again = plan(snapshot((p,), applied(nodes, changed), agents=1.0), 0.0)
+        assert again.nodes[0].layout == changed.nodes[0].layout
+
+
+def test_a_tp_that_is_not_allowed_any_more_ends_in_every_mode() -> None:
+    for mode in AdaptationMode:
+        p, nodes = wide(2, mode=mode, allowed_tp=(2,))
+        assert tps(plan(snapshot((p,), nodes, agents=50.0), 0.0)) == [2]
+
+
+def test_a_smaller_budget_takes_groups_away_and_leaves_the_rest_as_they_are() -> None:
+    for mode in AdaptationMode:
+        p, nodes = wide(4, count=4, mode=mode, budget_gpus=2, allowed_tp=(1, 2))
+        kept = plan(snapshot((p,), nodes, agents=50.0), 1000.0)
+        assert tps(kept) == [1, 1]
+        assert {g.group_id for g in kept.nodes[0].layout.groups} <= {g.group_id for g in nodes[0].layout.groups}
+
+
+def test_frozen_fills_what_comes_back_and_changes_nothing_else() -> None:
+    p, nodes = wide(2, mode=AdaptationMode.FROZEN, budget_gpus=4, allowed_tp=(1, 2, 4))
+    grown = fleet(4)[0]
+    back = replace(nodes[0], node=grown.node)
+    filled = plan(snapshot((p,), (back,), interactive=0.3, agents=0.05), 0.0)
+    assert set(nodes[0].layout.gpu_uuids) < set(filled.nodes[0].layout.gpu_uuids)
+    assert tps(filled) == [1, 1, 1, 1]
+
+
+def test_a_gpu_that_no_group_can_use_is_no_reason_to_change() -> None:
+    p = replace(pool(budget=5), allowed_tp=(2, 4))
+    nodes = applied(fleet(5), plan(snapshot((p,), fleet(5), agents=9.0), 0.0))
+    for rates in ({"interactive": 0.3, "agents": 0.05}, {"agents": 9.0}, {"interactive": 9.0}):
+        frozen = replace(p, mode=AdaptationMode.FROZEN)
+        assert plan(snapshot((frozen,), nodes, **rates), 0.0).nodes[0].layout.gpu_uuids == nodes[0].layout.gpu_uuids
+        assert tps(plan(snapshot((frozen,), nodes, **rates), 0.0)) == [g.tp_size for g in nodes[0].layout.groups]
+        assert "no fresh demand" in plan(snapshot((p,), nodes, **rates), 1000.0).pools[0].reasons[-1]
+
+
+def test_moving_to_other_nodes_never_exceeds_the_budget() -> None:
+    nodes = tuple(replace(n, node=replace(n.node, labels=(("zone", z),))) for n, z in zip(fleet(2, 2), "ab", strict=True))
+    p = replace(pool(budget=2), node_selector=(("zone", "a"),))
+    nodes = applied(nodes, plan(snapshot((p,), nodes, agents=1.0), 0.0))
+    moved = replace(p, node_selector=(("zone", "b"),))
+    first = plan(snapshot((moved,), nodes, agents=1.0), 0.0)
+    assert [len(n.layout.gpu_uuids) for n in first.nodes] == [0, 0], "what is on the way out still counts"
+    second = plan(snapshot((moved,), applied(nodes, first), agents=1.0), 0.0)
+    assert [len(n.layout.gpu_uuids) for n in second.nodes] == [0, 2]
+    nowhere = replace(p, node_selector=(("zone", "c"),))
+    assert [len(n.layout.gpu_uuids) for n in plan(snapshot((nowhere,), nodes, agents=1.0), 0.0).nodes] == [2, 0], "what runs stays"
+
+
+def test_a_large_pool_of_many_tiers_is_planned_in_a_fraction_of_a_second() -> None:
+    tiers = tuple(Tier(f"t{i}", 500 * (i + 1), 20 * (i + 1), weight=8 - i) for i in range(8))
+    nodes = fleet(*[8] * 32)
+    s = snapshot((replace(pool(budget=256), tiers=tiers),), nodes, **{t.name: 16.0 for t in tiers})
+    started = time.process_time()
+    p = plan(s, 0.0)
+    assert time.process_time() - started < 5, "tens of seconds where every k of every split is packed"
+    assert sum(g.tp_size for n in p.nodes for g in n.layout.groups) == 256

@@ -1,35 +1,45 @@
 """The operator's pure parts: which spec is in force, when a directive differs, who gets which term."""
 
 import json
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import nitsum_operator
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Capacity, Group, Layout, TierShare
-from nitsum.planner.types import NodePlan, PlannerSettings
+from nitsum.planner.types import NodePlan, Plan, PlannerSettings, PoolPlan, TierOutlook
 from nitsum.residency import Residency, ResidentEngine
 from nitsum_api.agent.v1 import agent_pb2
+from nitsum_api.conditions import PoolCondition, Reason
 from nitsum_api.gateway.v1 import gateway_pb2
 from nitsum_api.issue import issue, new_ca
+from nitsum_api.resources import PoolStatus
 from nitsum_api.security import Identity
 from nitsum_api.types.v1 import types_pb2
 from nitsum_operator import settings
 from nitsum_operator.accept import Judgement, judge
 from nitsum_operator.drift import drifted
-from nitsum_operator.execute import digest, directive
+from nitsum_operator.execute import Executor, digest, directive, named
 from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
 from nitsum_operator.handlers import OUT_OF_SERVICE, Store
 from nitsum_operator.history import History
 from nitsum_operator.issuer import due
 from nitsum_operator.leader import next_term
-from nitsum_operator.links import Endpoint, endpoints
-from nitsum_operator.plan import snapshot
+from nitsum_operator.links import Endpoint, Link, Links, endpoints
+from nitsum_operator.observe import Agent
+from nitsum_operator.plan import decide, snapshot
 from nitsum_operator.remember import lost_agent, spec_in_force
+from nitsum_operator.standing import Standing
+from nitsum_operator.status import Seen, pool_status, without_figures
+
+ROOT = Path(__file__).parents[2]
 
 
 def pool(name: str, created: str, generation: int = 1, **spec: Any) -> dict[str, Any]:
@@ -187,3 +197,217 @@ def test_a_lost_node_holds_its_gpus_until_its_node_is_gone_or_tainted() -> None:
     store.lost_node("n1")
     fleet.observe([], store)
     assert fleet.removed == {"n1"}
+
+
+def lost(agent_id: str, node: str, *gpus: str, pool: str = "a/p") -> Agent:
+    """Known from its ServingNode only."""
+    listed = [{"uuid": u, "index": i} for i, u in enumerate(gpus)]
+    groups = [{"id": "x", "pool": pool, "tp": len(gpus), "state": "Open", "gpus": list(range(len(gpus)))}]
+    found = lost_agent({"spec": {"agentId": agent_id, "nodeName": node}, "status": {"gpus": listed, "groups": groups}})
+    assert found is not None
+    return found
+
+
+def link(agent_id: str, node: str, *gpus: str, heard: float | None = None, **report: Any) -> Link:
+    """To an agent that reports now, or did at `heard` (monotonic)."""
+    described = agent_pb2.DescribeResponse(
+        agent_id=agent_id, node_name=node, gpus=[agent_pb2.Gpu(uuid=u, index=i) for i, u in enumerate(gpus)]
+    )
+    found = agent_pb2.NodeReport(agent_id=agent_id, host_connected=True, **report)
+    return Link(Endpoint(f"{agent_id}:1", node), "agent", None, described, found, time.monotonic() if heard is None else heard)  # type: ignore[arg-type]
+
+
+def test_a_pod_that_follows_another_on_its_node_frees_what_that_one_held() -> None:
+    """Agents of a DaemonSet are named after their pods, so every roll-out replaces them while the Nodes stay."""
+    store, fleet = Store(), Fleet()
+    store.saw_node("n1", {}, [])
+    fleet.adopt([lost("pod-1", "n1", "g0", "g1")])
+    fleet.observe([], store)
+    assert set(fleet.agents) == {"pod-1"}
+    fleet.observe([link("pod-2", "n1", "g0")], store)
+    held = snapshot(fleet.agents, {}, (), {}, {}, PlannerSettings()).holds
+    assert held == {"a/p": ("g1",)}, "the new pod has only one of its GPUs"
+    fleet.observe([link("pod-2", "n1", "g0", "g1")], store)
+    assert (set(fleet.agents), fleet.removed) == ({"pod-2"}, {"pod-1"})
+
+
+def test_a_node_that_is_gone_frees_its_gpus_although_its_endpoint_is_still_announced() -> None:
+    store, fleet = Store(), Fleet()
+    store.saw_node("n1", {}, [])
+    old = link("n1", "n1", "g0", heard=-100.0)
+    fleet.observe([old], store)
+    assert fleet.agents["n1"].trouble == "StaleReports"
+    store.saw_node("n1", {}, [OUT_OF_SERVICE])
+    fleet.observe([old], store)
+    assert (fleet.agents, fleet.removed) == ({}, set())
+    store.lost_node("n1")
+    fleet.observe([old], store)
+    assert fleet.removed == {"n1"}
+    fleet.removed.clear()  # deleted
+    fleet.observe([old], store)
+    assert not fleet.removed, "once is enough"
+    fleet.observe([link("n1", "n1", "g0")], store)
+    assert fleet.agents["n1"].connected, "it came back"
+
+
+def test_a_cordoned_node_keeps_what_it_runs_and_gets_nothing_new() -> None:
+    accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    fleet, store = Fleet(), Store()
+    store.saw_node("n1", {}, [], cordoned=True)
+    store.saw_node("n2", {}, [], cordoned=True)
+    running = types_pb2.Group(
+        group_id="e", engine_id="e", pool=types_pb2.PoolRef(name="a/p"), model="tiny-llama", tp_size=1, gpu_uuids=["g0"]
+    )
+    report = agent_pb2.GroupReport(group=running, state=types_pb2.GROUP_STATE_OPEN)
+    fleet.observe([link("n1", "n1", "g0", "g1", groups=[report]), link("n2", "n2", "g2")], store)
+    made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings()), 0.0)
+    assert [sorted(n.layout.gpu_uuids) for n in made.nodes] == [["g0"], []]
+    gone = decide(snapshot(fleet.agents, {}, (), {}, {}, PlannerSettings()), 0.0)
+    assert not gone.nodes[0].layout.groups, "a pool that was deleted ends there too"
+    store.saw_node("n2", {}, [])
+    fleet.observe([link("n1", "n1", "g0", "g1", groups=[report]), link("n2", "n2", "g2")], store)
+    made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings()), 0.0)
+    assert [sorted(n.layout.gpu_uuids) for n in made.nodes] == [["g0"], ["g2"]], "a budget of two, one of them on the cordoned node"
+
+
+def test_what_one_agent_says_wrongly_does_not_stop_the_plan_of_all() -> None:
+    accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    group = types_pb2.Group(
+        group_id="e", engine_id="e", pool=types_pb2.PoolRef(name="a/p"), model="tiny-llama", tp_size=1, gpu_uuids=["g0"]
+    )
+    other = types_pb2.Group(
+        group_id="e", engine_id="f", pool=types_pb2.PoolRef(name="a/p"), model="tiny-llama", tp_size=1, gpu_uuids=["g1"]
+    )
+    wrong = link("n1", "n1", "g0", "g1", "g0", groups=[agent_pb2.GroupReport(group=g) for g in (group, other)])
+    wrong.described.gpus[1].index = 0
+    fleet = Fleet()
+    fleet.observe([wrong, link("n2", "n2", "g2")], Store())
+    made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings()), 0.0)
+    assert [len(n.layout.gpu_uuids) for n in made.nodes] == [1, 1]
+
+
+def test_a_node_that_joins_does_not_narrow_what_others_may_run() -> None:
+    accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    facts = [agent_pb2.ModelFacts(model="tiny-llama", legal_tp=[1, 2])]
+    fleet, store = Fleet(), Store()
+    fleet.observe([link("n1", "n1", "g0", "g1", models=facts), link("n2", "n2", "g2")], store)
+    taken = snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings())
+    assert [n.node.legal_tp["tiny-llama"] for n in taken.nodes] == [(1, 2), (1, 2)]
+
+
+def test_a_pool_without_a_spec_in_force_runs_on() -> None:
+    """E.g. its profile is gone since the operator was started anew."""
+    running = types_pb2.Group(group_id="e", engine_id="e", pool=types_pb2.PoolRef(name="a/q"), model="m", tp_size=1, gpu_uuids=["g0"])
+    found = link("n1", "n1", "g0", "g1", groups=[agent_pb2.GroupReport(group=running, state=types_pb2.GROUP_STATE_OPEN)])
+    found.report.applied_operation_id = "of-an-earlier-leader.1"
+    fleet, executor = Fleet(), Executor(carried=frozenset({"a/q"}))
+    fleet.observe([found], Store())
+    accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings(), executor.carried), 0.0)
+    assert made.pools[0].verdict == "Blocked"
+    assert not executor.wanted(fleet.agents["n1"], made.nodes[0], accepted)
+    executor.carried = frozenset()  # deleted
+    made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings(), executor.carried), 0.0)
+    assert executor.wanted(fleet.agents["n1"], made.nodes[0], accepted)
+
+
+def test_a_refusal_counts_against_the_pool_that_it_names() -> None:
+    models = {"a/p": "tiny", "a/q": "tiny-llama", "a/r": "other"}
+    assert named("model tiny-llama cannot be split in 4: legal TP degrees are [1, 2]", models) == ["a/q"]
+    assert named("model tiny cannot be split in 4", models) == ["a/p"]
+    assert named("no", models) == ["a/p", "a/q", "a/r"]
+
+
+def test_before_any_agent_reports_nothing_is_said_of_the_spec() -> None:
+    result = judge({"a/p": pool("p", "2026-01-01T00:00:00Z")}, {}, (), {}, {}, {})["a/p"]
+    assert (result.status, result.reason, result.accepted) == ("Unknown", "ModelFactsPending", None)
+    before = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    again = judge({"a/p": pool("p", "2026-01-01T00:00:00Z")}, {}, (), {}, {}, before)["a/p"]  # type: ignore[arg-type]
+    assert (again.status, again.accepted) == ("True", before["a/p"]), "all agents are gone, the spec is what it was"
+
+
+def shown(*agents: Agent, before: dict[str, Any] | None = None, plan: PoolPlan | None = None, **other: Any) -> PoolStatus:
+    obj = pool("p", "2026-01-01T00:00:00Z")
+    judgement = judged([obj])["a/p"]
+    assert judgement.accepted is not None
+    by_id = {a.agent_id: a for a in agents}
+    taken = snapshot(by_id, {"a/p": judgement.accepted}, (), {}, {}, PlannerSettings())
+    made = decide(taken, 0.0) if plan is None else Plan("x", (), (plan,))
+    seen = Seen(taken, made, by_id, (), Figures(), {}, other.pop("operations", {}), 1, 100.0, **other)
+    return pool_status(obj, judgement, seen, before or {}, [], 0)
+
+
+def reason(status: PoolStatus, kind: str) -> tuple[str, str]:
+    return next((c.status, c.reason) for c in status.conditions or [] if c.type == kind)
+
+
+def agent_of(found: Link) -> Agent:
+    return Agent(found.described.agent_id, found.described, found.report)
+
+
+def test_conditions_say_what_is_wrong() -> None:
+    whole = agent_of(link("n1", "n1", "g0", "g1"))
+    assert reason(shown(whole), "Degraded") == ("False", "Healthy")
+    assert reason(shown(agent_of(link("n1", "n1", "g0"))), "Degraded") == ("True", "NotEnoughGpus")
+    reverted = agent_pb2.FlipReport(outcome=agent_pb2.FlipReport.OUTCOME_REVERTED, message="it did not wake")
+    assert reason(shown(agent_of(link("n1", "n1", "g0", "g1", flip=reverted))), "Degraded") == ("True", "FlipReverted")
+    hostless = agent_of(link("n1", "n1", "g0", "g1"))
+    hostless.report.host_connected = False
+    assert reason(shown(hostless), "Degraded") == ("True", "HostUnavailable")
+    other = (("ContractVersionMismatch", "gateway 10.0.0.1:7445: speaks contract v9"),)
+    assert reason(shown(whole, gateways=other), "Degraded") == ("True", "ContractVersionMismatch")
+
+
+def test_advisory_says_what_it_would_do() -> None:
+    obj = pool("p", "2026-01-01T00:00:00Z", adaptation={"mode": "Advisory"})
+    would = PoolPlan("a/p", 2, 1.0, (), ("Advisory: would change 2xTP1 to 1 x TP2",), would_change=True)
+    standing = Standing(judged([obj])["a/p"], would, (), (), (), frozenset(), frozenset(), {})
+    assert standing.rows()[PoolCondition.PROGRESSING] == ("False", "Advisory", would.reasons[-1])
+
+
+def test_figures_and_what_follows_from_them_are_no_reason_to_write_at_once() -> None:
+    whole = agent_of(link("n1", "n1", "g0", "g1"))
+    good, bad = (PoolPlan("a/p", 2, 1.0, (TierOutlook("t", 1.0, 2.0, ok, "TTFT"),), ()) for ok in (True, False))
+    first = shown(whole, plan=good).dump()
+    second = shown(whole, plan=bad, before=first).dump()
+    assert first != second
+    assert without_figures(first) == without_figures(second)
+
+
+def test_limits_that_are_sent_anew_do_not_change_the_plan_of_status() -> None:
+    whole = agent_of(link("n1", "n1", "g0", "g1"))
+    first = shown(whole, operations={"n1": "abc.7", "elsewhere": "fff.1"}).dump()
+    assert first["plan"]["operationId"] == "abc.7", "only of nodes that the pool is on"
+    assert shown(whole, operations={"n1": "abc.8"}, before=first).dump()["plan"] == first["plan"]
+    assert shown(whole, operations={"n1": "abd.9"}, before=first).dump()["plan"]["operationId"] == "abd.9"
+
+
+async def test_a_renewed_certificate_means_new_channels_that_know_what_the_old_ones_knew(tmp_path: Path) -> None:
+    ca = new_ca()
+
+    def write() -> None:
+        for name, value in issue(ca, Identity("operator", "operator")).items():
+            (tmp_path / name).write_bytes(value)
+
+    links = Links()
+    found = (Endpoint("192.0.2.1:1"),)
+    write()
+    await links.update("agent", found, tmp_path)
+    first = links.agents["192.0.2.1:1"]
+    first.heard_at = 5.0
+    await links.update("agent", found, tmp_path)
+    assert links.agents["192.0.2.1:1"] is first
+    write()
+    await links.update("agent", found, tmp_path)
+    second = links.agents["192.0.2.1:1"]
+    assert (second.channel is not first.channel, second.heard_at) == (True, 5.0)
+    assert first.task is not None
+    assert first.task.done()
+    await links.close()
+
+
+def test_every_documented_reason_is_given_by_the_operator() -> None:
+    code = "".join(p.read_text() for p in Path(nitsum_operator.__file__).parent.glob("*.py"))
+    literal = "".join(p.read_text() for p in (ROOT / "proto/nitsum_api/resources.py", ROOT / "core/nitsum/errors.py"))
+    unused = [r for r in Reason if f"Reason.{r.name}" not in code and f'"{r.value}"' not in code + literal]
+    assert not unused

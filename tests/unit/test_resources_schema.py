@@ -135,3 +135,14 @@ def test_what_the_server_let_through_is_refused_by_path(field: str, value: Any, 
     with pytest.raises(InvalidSpec) as refused:
         resources.pool_from_resource(obj)
     assert refused.value.path == path
+
+
+def test_an_engine_is_of_its_checkpoint() -> None:
+    def mark(source: dict[str, Any], name: str = "chat") -> str:
+        obj = example("chat")
+        obj["spec"]["model"]["source"], obj["metadata"]["name"] = source, name
+        return resources.pool_from_resource(obj)[0].checkpoint
+
+    marks = [mark({"path": "/a"}), mark({"path": "/b"}), mark({"pvc": {"claimName": "a"}}), mark({"path": "/a"}, "other")]
+    assert len(set(marks)) == 4
+    assert mark({"path": "/a"}) == marks[0]

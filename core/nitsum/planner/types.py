@@ -25,7 +25,7 @@ class NodeView:
     reported_at: float | None = None
     flipping: bool = False
     schedulable: bool = True
-    """False: lost, cordoned or draining. Its GPUs still count against budgets."""
+    """False: lost, cordoned or draining. What it has stays as it is, and its GPUs still count against budgets."""
     last_flip_at: float | None = None
 
 
@@ -105,6 +105,8 @@ class PoolPlan:
     rejected: tuple[str, ...] = ()
     """The next best alternatives, each with why it lost."""
     verdict: Verdict = Verdict.KEEP
+    would_change: bool = False
+    """A better layout is known, but the pool's mode does not let it."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""Planner, version 0: one pass over the pools, each by full enumeration of a small family of shapes.
+"""Planner, version 0: one pass over the pools, each by enumeration of a small family of shapes.
 
 A shape splits the pool's tiers, ordered by strictness, into one or two parts and gives each part k groups of one TP; what is left over is
-filled with the largest smaller TP that fits. Every shape is packed onto real GPUs (what runs already stays where it is, if it can), valued
-by `objective`, and compared with what runs now. A change must win by `gain_min` after paying for its pause over the expected dwell.
+filled with the largest smaller TP that fits. Shapes are valued by `objective`; the best are packed onto real GPUs (what runs already stays
+where it is, if it can) and compared with what runs now. A change must win by `gain_min` after paying for its pause over the expected dwell.
+In a small pool every shape is packed; in a large one k is searched coarse to fine on counts, so that a plan takes a fraction of a second.
+
+What runs is first made to fit what is asked: groups that the pool no longer has GPUs, budget, TP or model for end, free GPUs are filled.
+That is repair, in every mode; anything more is a change, and must win.
 
 Invariants, asserted before a plan leaves: no GPU twice, never above a budget (GPUs that lost nodes may hold count), engines of a layout
 are resident.
@@ -25,6 +29,14 @@ PRIOR_RATE = 0.05
 """requests/s assumed of a tier nobody has asked for yet: enough to tell a layout that could serve it from one that could not."""
 QUEUE_PER_RUNNING = 4
 """Waiting requests that a group may hold for each running one."""
+SIZES_MAX = 8
+"""Values of k tried in each round of the search."""
+PACKED_MAX = 64
+"""Shapes packed onto real GPUs: all of a small pool's, the best of a large one's."""
+PACKED_LARGE = 8
+
+Part = tuple[int, int, tuple[str, ...]]
+"""tp_size, groups wanted, tiers."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class _PoolView:
     demand: dict[str, TierDemand]
     tps: tuple[int, ...]
     capacity: dict[tuple[int, tuple[str, ...], int], tuple[float, str, int]] = field(default_factory=dict)
+    order: dict[int, list[tuple[str, tuple[Gpu, ...]]]] = field(default_factory=dict)
 
     @property
     def slo_tiers(self) -> tuple[Tier, ...]:
@@ -62,8 +75,13 @@ class _PoolView:
         key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
         return tuple(sorted((t for t in self.pool.tiers if not t.background), key=key))
 
+    @property
+    def mark(self) -> str:
+        """Ends every engine id: an engine of another checkpoint is another engine, also under the same model name."""
+        return f"-{self.pool.checkpoint}" if self.pool.checkpoint else ""
+
     def engine(self, agent_id: str, gpus: tuple[Gpu, ...]) -> ResidentEngine:
-        name = f"{self.pool.name.replace('/', '.')}-tp{len(gpus)}-{gpus[0].index}"
+        name = f"{self.pool.name.replace('/', '.')[:80]}-tp{len(gpus)}-{gpus[0].index}{self.mark}"
         return ResidentEngine(name, self.pool.model, len(gpus), tuple(g.uuid for g in gpus))
 
     def blocks(self, agent_id: str, size: int) -> Iterator[tuple[Gpu, ...]]:
@@ -87,12 +105,22 @@ def _headroom(demand: TierDemand, quantile: float) -> TierDemand:
     return replace(demand, rate=max(demand.rate + z * min(demand.rate_stddev, demand.rate), PRIOR_RATE))
 
 
+def _fitting(pool: Pool, snapshot: Snapshot) -> list[NodeView]:
+    nodes = sorted(snapshot.nodes, key=lambda n: n.node.agent_id)
+    return [n for n in nodes if n.schedulable and set(pool.node_selector) <= set(n.node.labels)]
+
+
 def _owned(pool: Pool, snapshot: Snapshot, taken: set[str]) -> dict[str, tuple[Gpu, ...]]:
-    """The pool's GPUs by agent: those that it runs on stay its own; the rest of its budget is taken node by node."""
-    left = pool.budget_gpus - len(set(snapshot.holds.get(pool.name, ())))
-    nodes = [
-        n for n in sorted(snapshot.nodes, key=lambda n: n.node.agent_id) if n.schedulable and set(pool.node_selector) <= set(n.node.labels)
-    ]
+    """The pool's GPUs by agent: those that it runs on stay its own; the rest of its budget is taken node by node.
+
+    What it still has on nodes that it may not use any more counts until it is gone.
+    """
+    nodes = _fitting(pool, snapshot)
+    inside = {n.node.agent_id for n in nodes}
+    leaving = {
+        u for n in snapshot.nodes if n.node.agent_id not in inside for g in n.layout.groups if g.pool == pool.name for u in g.gpu_uuids
+    }
+    left = pool.budget_gpus - len({*snapshot.holds.get(pool.name, ()), *leaving})
     mine = {n.node.agent_id: {u for g in n.layout.groups if g.pool == pool.name for u in g.gpu_uuids} for n in nodes}
     foreign = {u for n in nodes for g in n.layout.groups if g.pool != pool.name for u in g.gpu_uuids} | taken
     owned: dict[str, list[Gpu]] = {}
@@ -106,58 +134,109 @@ def _owned(pool: Pool, snapshot: Snapshot, taken: set[str]) -> dict[str, tuple[G
 
 
 def _running(view: _PoolView) -> tuple[_Placed, ...]:
-    placed = []
-    for n in view.snapshot.nodes:
-        for g in n.layout.groups:
-            if g.pool == view.pool.name:
-                engine = ResidentEngine(g.engine_id, g.model, g.tp_size, g.gpu_uuids)
-                placed.append(_Placed(n.node.agent_id, engine, tuple(sorted(s.tier for s in g.shares))))
+    """Groups of the pool's model, for the tiers that it has now. A tier that no group serves yet is served by all."""
+    known = {t.name for t in view.pool.tiers}
+    groups = [
+        (n.node.agent_id, g)
+        for n in view.snapshot.nodes
+        if n.schedulable
+        for g in n.layout.groups
+        if g.pool == view.pool.name and g.model == view.pool.model and g.engine_id.endswith(view.mark)
+    ]
+    new = known - {s.tier for _, g in groups for s in g.shares}
+    placed = [
+        _Placed(
+            agent_id,
+            ResidentEngine(g.engine_id, g.model, g.tp_size, g.gpu_uuids),
+            tuple(sorted(({s.tier for s in g.shares} & known or known) | new)),
+        )
+        for agent_id, g in groups
+    ]
     return tuple(sorted(placed, key=lambda p: (p.agent_id, p.engine.engine_id)))
 
 
-def _pack(view: _PoolView, parts: tuple[tuple[int, int, tuple[str, ...]], ...], running: tuple[_Placed, ...]) -> tuple[_Placed, ...] | None:
-    """Parts are (tp_size, groups wanted, tiers). Widest first; what runs already is kept; then the blocks with the least KV."""
-    same = {(p.agent_id, p.engine.gpu_uuids) for p in running}
-    tokens = {u: n.resident_tokens.get(g.group_id, 0) for n in view.snapshot.nodes for g in n.layout.groups for u in g.gpu_uuids}
+def _repaired(view: _PoolView, running: tuple[_Placed, ...]) -> tuple[_Placed, ...]:
+    """What runs, less what does not fit any more, and free GPUs filled. Empty where nothing fits."""
+    owned = {a: {g.uuid for g in gpus} for a, gpus in view.owned.items()}
+    fits = [p for p in running if p.engine.tp_size in view.tps and set(p.engine.gpu_uuids) <= owned.get(p.agent_id, set())]
+    if not fits:
+        return ()
+    used = {u for p in fits for u in p.engine.gpu_uuids}
+    everyone = tuple(sorted(t.name for t in view.pool.tiers))
+    fits += _filled(view, used, everyone, max(p.engine.tp_size for p in fits))
+    return tuple(sorted(fits, key=lambda p: (p.agent_id, p.engine.engine_id)))
+
+
+def _filled(view: _PoolView, used: set[str], tiers: tuple[str, ...], widest: int) -> list[_Placed]:
+    """Groups on what is free, widest first; their GPUs are added to `used`."""
+    placed = []
+    for tp_size in sorted((t for t in view.tps if t <= widest), reverse=True):
+        for agent_id in view.owned:
+            for block in view.blocks(agent_id, tp_size):
+                if not any(g.uuid in used for g in block):
+                    used |= {g.uuid for g in block}
+                    placed.append(_Placed(agent_id, view.engine(agent_id, block), tiers))
+    return placed
+
+
+def _ordered(view: _PoolView, tp_size: int, running: tuple[_Placed, ...]) -> list[tuple[str, tuple[Gpu, ...]]]:
+    """Blocks in the order of preference: what runs already, then those with the least KV. Cached."""
+    if tp_size not in view.order:
+        same = {(p.agent_id, p.engine.gpu_uuids) for p in running}
+        tokens = {u: n.resident_tokens.get(g.group_id, 0) for n in view.snapshot.nodes for g in n.layout.groups for u in g.gpu_uuids}
+        view.order[tp_size] = sorted(
+            ((a, b) for a in view.owned for b in view.blocks(a, tp_size)),
+            key=lambda ab: ((ab[0], tuple(g.uuid for g in ab[1])) not in same, sum(tokens.get(g.uuid, 0) for g in ab[1]), ab[0], ab[1]),
+        )
+    return view.order[tp_size]
+
+
+def _pack(view: _PoolView, parts: tuple[Part, ...], running: tuple[_Placed, ...]) -> tuple[_Placed, ...] | None:
+    """Widest first; what runs already is kept; then the blocks with the least KV."""
     used: set[str] = set()
     placed: list[_Placed] = []
     for tp_size, wanted, tiers in sorted(parts, key=lambda p: (-p[0], p[2])):
-        free = [(a, b) for a in view.owned for b in view.blocks(a, tp_size) if not used & {g.uuid for g in b}]
-        free.sort(
-            key=lambda ab: ((ab[0], tuple(g.uuid for g in ab[1])) not in same, sum(tokens.get(g.uuid, 0) for g in ab[1]), ab[0], ab[1])
-        )
-        if len(free) < wanted:
+        left = wanted
+        for agent_id, block in _ordered(view, tp_size, running):
+            if left == 0:
+                break
+            if not any(g.uuid in used for g in block):
+                used |= {g.uuid for g in block}
+                placed.append(_Placed(agent_id, view.engine(agent_id, block), tiers))
+                left -= 1
+        if left:
             return None
-        for agent_id, block in free[:wanted]:
-            used |= {g.uuid for g in block}
-            placed.append(_Placed(agent_id, view.engine(agent_id, block), tiers))
-    loosest = parts[-1][2]
-    for tp_size in sorted((t for t in view.tps if t < max(p[0] for p in parts)), reverse=True):
-        for agent_id in view.owned:
-            for block in view.blocks(agent_id, tp_size):
-                if not used & {g.uuid for g in block}:
-                    used |= {g.uuid for g in block}
-                    placed.append(_Placed(agent_id, view.engine(agent_id, block), loosest))
+    placed += _filled(view, used, parts[-1][2], max(p[0] for p in parts) - 1)
     return tuple(sorted(placed, key=lambda p: (p.agent_id, p.engine.engine_id)))
 
 
 def _value(view: _PoolView, placed: tuple[_Placed, ...], label: str) -> _Valued:
-    """Expected goodput by tier. Every tier takes its safe rate from the groups that serve it, heavier weights first."""
+    kinds: dict[tuple[int, tuple[str, ...]], int] = {}
+    for p in placed:
+        kinds[p.engine.tp_size, p.tiers] = kinds.get((p.engine.tp_size, p.tiers), 0) + 1
+    return _Valued(placed, *_worth(view, kinds), label)
+
+
+def _worth(view: _PoolView, kinds: dict[tuple[int, tuple[str, ...]], int]) -> tuple[float, float, tuple[TierOutlook, ...]]:
+    """Score, expected goodput, outlook by tier. Every tier takes its safe rate from the groups that serve it, heavier weights first.
+
+    `kinds`: number of groups by TP and tiers.
+    """
     tiers = view.slo_tiers
     served = dict.fromkeys((t.name for t in tiers), 0.0)
     offered = {t.name: view.demand[t.name].rate for t in tiers}
     safe = dict.fromkeys(served, 0.0)
     binding = dict.fromkeys(served, "no group serves it")
-    kinds: dict[tuple[int, tuple[str, ...]], int] = {}
-    for p in placed:
-        kinds[p.engine.tp_size, p.tiers] = kinds.get((p.engine.tp_size, p.tiers), 0) + 1
     for (tp_size, names), count in sorted(kinds.items()):
         members = [t for t in tiers if t.name in names]
+        asked = sum(offered[t.name] for t in members)
         best: tuple[float, int] = (-1.0, 0)
         for level in range(len(members)):  # give up the strictest targets one by one where they cannot be held
+            part = sum(t.weight for t in members[level:]) / len(members)
+            if best[0] >= asked * part:
+                break  # fewer targets cannot be worth more
             rate, _, _ = view.safe(tp_size, names, level)
-            held = members[level:]
-            worth = min(rate * count, sum(offered[t.name] for t in members)) * sum(t.weight for t in held) / max(len(members), 1)
+            worth = min(rate * count, asked) * part
             best = max(best, (worth, -level))
         level = -best[1]
         rate, limit, _ = view.safe(tp_size, names, level) if members else (0.0, "", 0)
@@ -182,28 +261,82 @@ def _value(view: _PoolView, placed: tuple[_Placed, ...], label: str) -> _Valued:
     outlook = tuple(
         TierOutlook(t.name, offered[t.name], safe[t.name], served[t.name] >= t.target * offered[t.name], binding[t.name]) for t in tiers
     )
-    return _Valued(placed, score, sum(served.values()), outlook, label)
+    return score, sum(served.values()), outlook
 
 
-def _shapes(view: _PoolView) -> Iterator[tuple[str, tuple[tuple[int, int, tuple[str, ...]], ...]]]:
+@dataclass(frozen=True)
+class _Shape:
+    """`step`: how far the next k that was tried is from this one."""
+
+    label: str
+    parts: tuple[Part, ...]
+    step: int = 1
+
+
+def _splits(view: _PoolView) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]:
     names = tuple(t.name for t in view.slo_tiers) or tuple(t.name for t in view.pool.tiers)
     background = tuple(t.name for t in view.pool.tiers if t.background)
-    total = {tp: sum(1 for a in view.owned for _ in view.blocks(a, tp)) for tp in view.tps}
-    whole = tuple(sorted({*names, *background}))
+    return tuple((tuple(sorted(names[:cut])), tuple(sorted({*names[cut:], *background}))) for cut in range(1, len(names)))
+
+
+def _two(gpus: int, a: int, k: int, strict: tuple[str, ...], b: int, loose: tuple[str, ...], step: int) -> _Shape | None:
+    rest = (gpus - a * k) // b
+    label = f"{k} x TP{a} for {'+'.join(strict)}, {rest} x TP{b} for {'+'.join(loose)}"
+    return _Shape(label, ((a, k, strict), (b, rest, loose)), step) if k > 0 and rest > 0 else None
+
+
+def _shapes(view: _PoolView, total: dict[int, int]) -> Iterator[_Shape]:
+    """Every TP for all tiers, and every split with k in at most SIZES_MAX steps."""
+    whole = tuple(sorted(t.name for t in view.pool.tiers))
     for tp in view.tps:
         if total[tp]:
-            yield f"{total[tp]} x TP{tp} for all tiers", ((tp, total[tp], whole),)
+            yield _Shape(f"{total[tp]} x TP{tp} for all tiers", ((tp, total[tp], whole),))
     gpus = sum(map(len, view.owned.values()))
-    for cut in range(1, len(names)):
-        strict, loose = tuple(sorted(names[:cut])), tuple(sorted({*names[cut:], *background}))
+    for strict, loose in _splits(view):
         for a in view.tps:
-            for k in range(1, total[a] + 1):
+            step = -(-total[a] // SIZES_MAX)
+            for k in range(step, total[a] + 1, step) if step else ():
                 for b in view.tps:
-                    if (rest := (gpus - a * k) // b) > 0:
-                        yield (
-                            f"{k} x TP{a} for {'+'.join(strict)}, {rest} x TP{b} for {'+'.join(loose)}",
-                            ((a, k, strict), (b, rest, loose)),
-                        )
+                    if (shape := _two(gpus, a, k, strict, b, loose, step)) is not None:
+                        yield shape
+
+
+def _finer(shape: _Shape, gpus: int) -> Iterator[_Shape]:
+    """The values of k between this one and its neighbours."""
+    (a, k, strict), (b, _, loose) = shape.parts
+    step = -(-shape.step // SIZES_MAX)
+    for other in range(k - shape.step + 1, k + shape.step, step):
+        if other != k and (found := _two(gpus, a, other, strict, b, loose, step)) is not None:
+            yield found
+    yield _Shape(shape.label, shape.parts, step)
+
+
+def _promising(view: _PoolView) -> list[_Shape]:
+    """All shapes of a small pool; of a large one the best by their counts."""
+    total = {tp: sum(1 for a in view.owned for _ in view.blocks(a, tp)) for tp in view.tps}
+    gpus = sum(map(len, view.owned.values()))
+    shapes = list(_shapes(view, total))
+    if len(shapes) <= PACKED_MAX and all(s.step == 1 for s in shapes):
+        return shapes
+    scores: dict[tuple[Part, ...], float] = {}
+
+    def score(shape: _Shape) -> float:
+        if shape.parts not in scores:
+            kinds, left, widest = dict[tuple[int, tuple[str, ...]], int](), gpus, max(p[0] for p in shape.parts)
+            for tp, n, tiers in (*shape.parts, *((tp, 0, shape.parts[-1][2]) for tp in reversed(view.tps) if tp < widest)):
+                n = n or left // tp
+                kinds[tp, tiers] = kinds.get((tp, tiers), 0) + n
+                left -= n * tp
+            scores[shape.parts] = _worth(view, {k: n for k, n in kinds.items() if n})[0]
+        return scores[shape.parts]
+
+    while True:
+        shapes.sort(key=lambda s: (-score(s), s.label))
+        shapes = list({s.parts: s for s in reversed(shapes)}.values())[::-1]
+        rough = [s for s in shapes[:PACKED_LARGE] if s.step > 1]
+        if not rough:
+            return shapes[:PACKED_LARGE]
+        shapes = [s for s in shapes[:PACKED_LARGE] if s.step == 1] + [f for s in rough for f in _finer(s, gpus)]
 
 
 def _describe(placed: Iterable[_Placed]) -> str:
@@ -231,22 +364,29 @@ def _decide(view: _PoolView, now: float) -> tuple[tuple[_Placed, ...], PoolPlan]
     running = _running(view)
     if not view.owned or not view.tps:
         why = "no GPU within budget and selector" if not view.owned else f"no legal TP among {list(pool.allowed_tp) or 'any'}"
-        return running, PoolPlan(pool.name, 0, 0.0, (), (why,), verdict=Verdict.BLOCKED)
+        fitting = {n.node.agent_id for n in _fitting(pool, view.snapshot)}
+        # Where no node fits at all, what runs stays; else it makes room in the budget for the nodes that do.
+        return tuple(p for p in running if p.agent_id in fitting or not fitting), PoolPlan(
+            pool.name, 0, 0.0, (), (why,), verdict=Verdict.BLOCKED
+        )
     options: dict[tuple[_Placed, ...], _Valued] = {}
-    for label, parts in _shapes(view):
-        if (placed := _pack(view, parts, running)) is not None and placed not in options:
-            options[placed] = _value(view, placed, label)
-    ranked = sorted(options.values(), key=lambda v: (-v.score, len(v.placed), v.label))
+    for shape in _promising(view):
+        if (placed := _pack(view, shape.parts, running)) is not None and placed not in options:
+            options[placed] = _value(view, placed, shape.label)
+    repaired = _repaired(view, running)
+    current = _value(view, repaired, "as it runs")
+    ranked = sorted(options.values(), key=lambda v: (-v.score, len(v.placed), v.label)) or [current]
     best = ranked[0]
     gpus = sum(map(len, view.owned.values()))
     reasons = [f"profile {getattr(view.snapshot.step_times[pool.name], 'name', '?')} ({view.snapshot.step_times[pool.name].origin})"]
-    current = _value(view, running, "as it runs")
-    whole = bool(running) and {u for p in running for u in p.engine.gpu_uuids} == {g.uuid for gs in view.owned.values() for g in gs}
 
-    def keep(why: str, verdict: Verdict = Verdict.KEEP) -> tuple[tuple[_Placed, ...], PoolPlan]:
-        return running, PoolPlan(pool.name, gpus, current.goodput, current.outlook, (*reasons, why), _rejected(ranked, current), verdict)
+    def keep(why: str, would: bool = False) -> tuple[tuple[_Placed, ...], PoolPlan]:
+        verdict, rejected = Verdict.KEEP if repaired == running else Verdict.CHANGE, _rejected(ranked, current)
+        return repaired, PoolPlan(pool.name, gpus, current.goodput, current.outlook, (*reasons, why), rejected, verdict, would)
 
-    if running and whole:
+    if repaired:
+        if repaired != running:
+            reasons.append(f"what it may use changed: {_describe(running)} -> {_describe(repaired)}")
         fresh = [d for d in view.snapshot.demand if d.pool == pool.name]
         nodes = {n.node.agent_id: n for n in view.snapshot.nodes if n.node.agent_id in view.owned}
         if not fresh or all(now - d.observed_at > settings.stale_after_s for d in fresh):
@@ -255,19 +395,19 @@ def _decide(view: _PoolView, now: float) -> tuple[tuple[_Placed, ...], PoolPlan]
             return keep("a flip is running")
         if any(n.last_flip_at is not None and now - n.last_flip_at < settings.cooldown_s for n in nodes.values()):
             return keep(f"cooling down for {settings.cooldown_s:g} s after the last flip")
-        pause, part = _pause_s(view, running, best.placed)
+        pause, part = _pause_s(view, repaired, best.placed)
         net = best.score * (1 - pause * part / settings.dwell_s)
-        if best.placed == running or net < current.score * (1 + settings.gain_min):
+        if best.placed == repaired or net < current.score * (1 + settings.gain_min):
             gain = best.score / current.score - 1 if current.score > 0 else 0.0
-            return keep(f"{_describe(running)} stays: the best other shape gains {max(gain, 0):.0%}, {settings.gain_min:.0%} is asked")
+            return keep(f"{_describe(repaired)} stays: the best other shape gains {max(gain, 0):.0%}, {settings.gain_min:.0%} is asked")
         if pool.mode is not AdaptationMode.ACTIVE:
-            return keep(f"{pool.mode}: would change {_describe(running)} to {best.label}")
+            return keep(f"{pool.mode}: would change {_describe(repaired)} to {best.label}", would=True)
         reasons.append(
-            f"{_describe(running)} -> {best.label}: expected goodput {current.goodput:.2f} -> {best.goodput:.2f} requests/s "
+            f"{_describe(repaired)} -> {best.label}: expected goodput {current.goodput:.2f} -> {best.goodput:.2f} requests/s "
             f"for a pause of {pause * 1e3:.0f} ms on {part:.0%} of the GPUs, expected to last {settings.dwell_s:g} s"
         )
-    elif running:
-        reasons.append(f"its GPUs changed: {_describe(running)} -> {best.label}")
+    elif any(g.pool == pool.name for n in view.snapshot.nodes for g in n.layout.groups):
+        reasons.append(f"nothing that runs fits the spec or the GPUs any more: {best.label}")
     else:
         reasons.append(f"first layout: {best.label}")
     return best.placed, PoolPlan(
@@ -324,18 +464,24 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
         placed, pool_plan = _decide(view, now)
         pools.append(pool_plan)
         before = {n.node.agent_id: {g.engine_id for g in n.layout.groups if g.pool == pool.name} for n in snapshot.nodes}
+        after: dict[str, set[str]] = {}
         for p in placed:
             groups[p.agent_id].append(_group(view, p) if tps and set(p.tiers) & set(demand) else _as_runs(snapshot, p))
             taken |= set(p.engine.gpu_uuids)
+            after.setdefault(p.agent_id, set()).add(p.engine.engine_id)
         for agent_id in owned:
             engines[agent_id] += [view.engine(agent_id, b) for tp in tps for b in view.blocks(agent_id, tp)]
-            if before[agent_id] and before[agent_id] != {p.engine.engine_id for p in placed if p.agent_id == agent_id}:
+            if before[agent_id] and before[agent_id] != after.get(agent_id, set()):
                 changing.add(agent_id)
         assert sum(p.engine.tp_size for p in placed) <= pool.budget_gpus, f"{pool.name}: above its budget"
     late = sorted(changing)[snapshot.settings.flips_at_once_max :]
     nodes = []
+    names = {p.name for p in snapshot.pools}
     for n in sorted(snapshot.nodes, key=lambda n: n.node.agent_id):
         agent_id = n.node.agent_id
+        if not n.schedulable:
+            nodes.append(NodePlan(agent_id, n.residency, Layout(tuple(g for g in n.layout.groups if g.pool in names))))
+            continue
         if agent_id in late:
             nodes.append(NodePlan(agent_id, n.residency, n.layout))
             continue

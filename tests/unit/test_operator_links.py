@@ -1,0 +1,80 @@
+"""A link to an agent over real gRPC: what it is told of GPUs, and of contracts that it does not speak."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from nitsum_api import CONTRACT_VERSION
+from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
+from nitsum_operator.links import Endpoint, Link
+
+
+class Agent(agent_pb2_grpc.AgentServiceServicer):
+    """Describes what its host has told it so far."""
+
+    def __init__(self) -> None:
+        self.gpus: list[str] = []
+        self.version = CONTRACT_VERSION
+        self.described = 0
+
+    async def Describe(self, request: Any, context: Any) -> agent_pb2.DescribeResponse:
+        self.described += 1
+        return agent_pb2.DescribeResponse(contract_version=self.version, agent_id="n", gpus=[agent_pb2.Gpu(uuid=u) for u in self.gpus])
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[agent_pb2.WatchResponse]:
+        while self.version == CONTRACT_VERSION:
+            yield agent_pb2.WatchResponse(report=agent_pb2.NodeReport(agent_id="n", host_connected=bool(self.gpus)))
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+async def pair(tmp_path: Path) -> AsyncIterator[tuple[Agent, Link]]:
+    agent, server = Agent(), grpc.aio.server()
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(agent, server)
+    server.add_insecure_port(f"unix:{tmp_path}/s")
+    await server.start()
+    link = Link(Endpoint("n:1"), "agent", grpc.aio.insecure_channel(f"unix:{tmp_path}/s"))
+    task = asyncio.create_task(link.follow())
+    yield agent, link
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await link.channel.close()
+    await server.stop(0)
+
+
+async def until(probe: Callable[[], Any]) -> None:
+    for _ in range(500):
+        if probe():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not within 5 s")
+
+
+async def test_an_agent_whose_host_comes_later_is_described_again(pair: tuple[Agent, Link]) -> None:
+    agent, link = pair
+    await until(lambda: link.report is not None)
+    assert not link.described.gpus
+    agent.gpus = ["g0"]
+    await until(lambda: [g.uuid for g in link.described.gpus] == ["g0"])
+    count = agent.described
+    await asyncio.sleep(0.1)
+    assert agent.described == count, "once"
+    agent.gpus = []
+    await until(lambda: not link.report.host_connected)
+    agent.gpus = ["g0", "g1"]
+    await until(lambda: [g.uuid for g in link.described.gpus] == ["g0", "g1"])
+
+
+async def test_an_agent_of_another_contract_is_left_alone_until_it_speaks_ours(pair: tuple[Agent, Link]) -> None:
+    agent, link = pair
+    await until(lambda: link.report is not None)
+    agent.version = "nitsum.v99"
+    await until(lambda: link.trouble == "ContractVersionMismatch")
+    assert (link.described, link.report) == (None, None)
+    assert "bring both to one release" in link.problem
+    agent.version = CONTRACT_VERSION
+    await until(lambda: link.report is not None and not link.problem)
