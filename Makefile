@@ -18,7 +18,7 @@ help: ## What there is to make
 
 .PHONY: sync
 sync: $(if $(filter .nitsum/%,$(UV)),.nitsum/uv/bin/uv) ## The Python environment, as uv.lock says
-	@$(UV) sync --frozen --extra engine --group models
+	@$(UV) sync --frozen --extra engine --extra profile --group models
 
 .PHONY: generate
 generate: sync ## Python code of the protobuf contracts

@@ -1,6 +1,7 @@
 """The whole system with the tiny model: control plane, chart, operator, gateway, two agents with their engine hosts. Once per session."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,14 @@ class System:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a stock engine answers to every kind of request; `stop` is the stop string that one of them uses."""
+    """What a stock engine answers to every kind of request; `stop` is the stop string that one of them uses.
+
+    `profile`: what `nitsum profile --from-engine` wrote of it.
+    """
 
     seen: dict[str, Seen]
     stop: str
+    profile: str
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -76,8 +81,12 @@ async def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
     with stock_server(tiny_llama(), tmp_path_factory.mktemp("stock")) as url:
         async with httpx.AsyncClient(base_url=url) as client:
             seen, stop = await reference(client, "default", MAX_TOKENS)
+        out = tmp_path_factory.mktemp("profile") / "stock.json"
+        asked = ["--from-engine", url, "--quick", "--model", "tiny-llama", "--gpu", "slot", "--out", str(out)]
+        command = await asyncio.create_subprocess_exec(sys.executable, "-m", "nitsum_cli.main", "profile", *asked)
+        assert await command.wait() == 0
     assert not [s.error for s in seen.values() if s.error]
-    return Expected(seen, stop)
+    return Expected(seen, stop, out.read_text())
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

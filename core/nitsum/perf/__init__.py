@@ -38,5 +38,8 @@ class StepTimeModel(Protocol):
 
 class FlipCost(Protocol):
     def pause_ms(self, resident_tokens: int, mode: FlipMode, from_tp: int, to_tp: int) -> float:
-        """Time in which the flipped GPUs yield nothing: end of A's streams, park, wake, KV copied or computed again."""
+        """Time in which the flipped GPUs yield nothing: end of A's streams, park, wake, KV copied or computed again.
+
+        `resident_tokens` of one group that ends; where to_tp > from_tp, its neighbours' that B takes in too are assumed to be as many.
+        """
         ...

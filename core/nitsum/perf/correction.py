@@ -1,0 +1,274 @@
+"""A step-time model that learns from the engines' own timings.
+
+Per (TP, phase): measured = offset + factor x modelled, by recursive least squares on relative errors with a prior at (0, 1), so that one
+operating point moves both a little and several tell them apart; old data fade. A measurement far outside what the estimate expects (a
+garbage collection, a paused engine) is left out; where most of the recent ones are and agree with each other, the engine has changed and
+learning starts afresh. Both numbers are bounded. What one (TP, phase) does not know yet it borrows from the others of its phase, by their
+confidence: else the planner would flee from every TP that it has measured to those that only the profile praises.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from nitsum.perf import StepTimeModel
+from nitsum.perf.tables import Profile
+
+
+class Phase(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True)
+class StepTiming:
+    """One step as an engine measured it, or the mean of several alike. Prefill has no batch, decode no chunk.
+
+    `ctx`: mean context of the decodes; of a pure prefill, the tokens cached before its chunk.
+    """
+
+    tp_size: int
+    chunk: int
+    batch: int
+    ctx: int
+    ms: float
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.MIXED if self.chunk and self.batch else Phase.PREFILL if self.chunk else Phase.DECODE
+
+
+@dataclass(frozen=True)
+class Learned:
+    """`confidence` 0 (the profile alone) to 1; `error`: typical relative error of what the corrected model predicted, None without data."""
+
+    offset_ms: float
+    factor: float
+    confidence: float
+    accepted: int
+    rejected: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How far a correction may go, and how fast it forgets."""
+
+    factor_min: float = 0.25
+    factor_max: float = 4.0
+    offset_share_max: float = 2.0
+    """Of the smallest step that the base model knows at this TP and phase, either way."""
+    memory: float = 200.0
+    """Measurements after which old data weigh 1/e."""
+    outlier_sigmas: float = 5.0
+    window: int = 16
+    """Recent measurements among which a change is looked for."""
+    confident_after: float = 16.0
+    """Accepted measurements that give half of full confidence."""
+
+
+PRIOR_SIGMA = 0.5
+"""Of the factor; and of the offset, in smallest steps."""
+PULL_SIGMAS = 2.0
+NOISE_MIN, NOISE_FIRST, NOISE_MAX = 0.02, 0.1, 0.3
+
+
+class _Line:
+    """y/p = factor + share * (s/p): p is the prediction, s the smallest step. Two unknowns, 2x2 covariance, all in relative terms."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.recent: deque[tuple[float, float, bool]] = deque(maxlen=bounds.window)
+        """(ratio, s/p, whether it lay well outside what was expected)."""
+        self.accepted = self.rejected = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.factor, self.share = 1.0, 0.0
+        self.cov = (PRIOR_SIGMA**2, 0.0, PRIOR_SIGMA**2)
+        self.noise, self.error, self.weight = NOISE_FIRST, None, 0.0
+
+    error: float | None
+    weight: float
+    """Accepted measurements, faded as the data are."""
+
+    def add(self, ratio: float, h: float) -> None:
+        """`ratio` = measured / predicted by the base model; `h` = smallest step / that prediction."""
+        a, b, d = self.cov
+        expected = self.factor + self.share * h
+        spread = math.sqrt(max(a + 2 * b * h + d * h * h, 0.0) + self.noise**2)
+        miss = abs(ratio - expected)
+        self.recent.append((ratio, h, miss > PULL_SIGMAS * spread))
+        if miss <= self.bounds.outlier_sigmas * spread:
+            self.accepted += 1
+            self._learn(ratio, h, expected)
+        else:
+            self.rejected += 1
+        self._look_for_a_change()
+
+    def _learn(self, ratio: float, h: float, expected: float) -> None:
+        forget = 1 - 1 / self.bounds.memory
+        # Forgetting without new information must not blow the covariance up: never above the prior.
+        a, b, d = (x / forget for x in self.cov)
+        if a > PRIOR_SIGMA**2 or d > PRIOR_SIGMA**2:
+            a, b, d = self.cov
+        residual = ratio - expected
+        # Huber: what lies beyond these sigmas pulls no harder than they do.
+        total = max(a + 2 * b * h + d * h * h, 0.0) + self.noise**2
+        pull = math.copysign(min(abs(residual), PULL_SIGMAS * math.sqrt(total)), residual)
+        ka, kd = (a + b * h) / total, (b + d * h) / total
+        limits = self.bounds
+        self.factor = min(max(self.factor + ka * pull, limits.factor_min), limits.factor_max)
+        self.share = min(max(self.share + kd * pull, -limits.offset_share_max), limits.offset_share_max)
+        self.cov = (a - ka * (a + b * h), b - ka * (b + d * h), d - kd * (b + d * h))
+        after = abs(ratio - self.factor - self.share * h)
+        step = max(0.05, 1 / (2 + self.weight))
+        self.noise = min(max(math.sqrt((1 - step) * self.noise**2 + step * after**2), NOISE_MIN), NOISE_MAX)
+        relative = abs(residual) / max(ratio, 1e-9)
+        self.error = relative if self.error is None else self.error + step * (relative - self.error)
+        self.weight = self.weight * forget + 1
+
+    def _look_for_a_change(self) -> None:
+        far = [(r, h) for r, h, outside in self.recent if outside]
+        if len(self.recent) < self.bounds.window or len(far) < 0.75 * self.bounds.window:
+            return
+        middle = median(r for r, _ in far)
+        agree = [(r, h) for r, h in far if abs(r - middle) <= 0.5 * middle]
+        if len(agree) < 0.75 * len(far):
+            return  # noise, not a change
+        self._reset()
+        self.factor = min(max(middle, self.bounds.factor_min), self.bounds.factor_max)
+        self.recent.clear()
+        for ratio, h in agree:
+            self._learn(ratio, h, self.factor + self.share * h)
+
+    @property
+    def confidence(self) -> float:
+        """Grows with data, falls with the error that is left."""
+        return self.weight / (self.weight + self.bounds.confident_after) / (1 + 4 * (self.error or 0.0))
+
+
+class Corrected:
+    """A StepTimeModel over another one. `observe` feeds it; without data it is the base model, to the bit.
+
+    What a Profile takes beyond the port (`sequences`, `cached`, arrays) works here where the base is one.
+    """
+
+    def __init__(self, base: StepTimeModel, bounds: Bounds | None = None) -> None:
+        self.base = base
+        self._profile = base if isinstance(base, Profile) else None
+        self.bounds = bounds or Bounds()
+        self._lines: dict[tuple[int, Phase], _Line] = {}
+        self._smallest = {tp: {Phase.PREFILL: base.prefill_ms(tp, 1), Phase.DECODE: base.decode_ms(tp, 1, 1)} for tp in base.tp_sizes}
+        self._applied: dict[tuple[int, Phase], tuple[float, float]] = {}
+
+    def observe(self, timing: StepTiming) -> bool:
+        """False: not taken, an outlier or nothing that can be compared (no data at this TP, no time, no tokens)."""
+        t = timing
+        if t.tp_size not in self.base.tp_sizes or not (t.chunk or t.batch) or not (math.isfinite(t.ms) and t.ms > 0):
+            return False
+        predicted = self._base_ms(t)
+        line = self._lines.setdefault((t.tp_size, t.phase), _Line(self.bounds))
+        before = line.accepted
+        line.add(t.ms / predicted, self._step(t.tp_size, t.phase) / predicted)
+        self._applied.clear()
+        return line.accepted > before
+
+    def _base_ms(self, t: StepTiming) -> float:
+        match t.phase:
+            case Phase.PREFILL:
+                return self.base.prefill_ms(t.tp_size, t.chunk, t.ctx)
+            case Phase.DECODE:
+                return self.base.decode_ms(t.tp_size, t.batch, t.ctx)
+            case Phase.MIXED:
+                return self.base.mixed_ms(t.tp_size, t.chunk, t.batch, t.ctx)
+
+    def _step(self, tp_size: int, phase: Phase) -> float:
+        return self._smallest[tp_size][Phase.DECODE if phase is Phase.MIXED else phase]
+
+    def _others(self, tp_size: int, phase: Phase) -> Iterator[_Line]:
+        return (line for (tp, p), line in self._lines.items() if p is phase and tp != tp_size and line.weight)
+
+    def learned(self, tp_size: int, phase: Phase) -> Learned:
+        """As it is applied, what is borrowed from other TPs included; the counts and the confidence are this TP's own."""
+        factor, offset = self._line_of(tp_size, phase)
+        own = self._lines.get((tp_size, phase))
+        if own is None:
+            return Learned(offset, factor, 0.0, 0, 0, None)
+        return Learned(offset, factor, own.confidence, own.accepted, own.rejected, own.error)
+
+    def confidence(self, tp_size: int, phase: Phase) -> float:
+        """0: the profile alone. 1: many measurements, predicted well."""
+        own = self._lines.get((tp_size, phase))
+        return own.confidence if own else 0.0
+
+    def _line_of(self, tp_size: int, phase: Phase) -> tuple[float, float]:
+        """(factor, offset in ms)."""
+        if (found := self._applied.get((tp_size, phase))) is None:
+            own = self._lines.get((tp_size, phase))
+            mine = own.weight / (own.weight + 1) if own else 0.0
+            factor, share = (own.factor, own.share) if own else (1.0, 0.0)
+            others = [(o.confidence, o) for o in self._others(tp_size, phase)]
+            total = sum(c for c, _ in others)
+            lent = max((c for c, _ in others), default=0.0) if total else 0.0
+            borrowed_factor = 1 + lent * (sum(c * o.factor for c, o in others) / total - 1) if total else 1.0
+            borrowed_share = lent * sum(c * o.share for c, o in others) / total if total else 0.0
+            factor = mine * factor + (1 - mine) * borrowed_factor
+            share = mine * share + (1 - mine) * borrowed_share
+            found = self._applied[tp_size, phase] = (factor, share * self._step(tp_size, phase))
+        return found
+
+    def _apply(self, tp_size: int, phase: Phase, ms: float) -> float:
+        factor, offset = self._applied.get((tp_size, phase)) or self._line_of(tp_size, phase)
+        # A negative offset must not make a short step free.
+        return max(factor * ms + offset, self.bounds.factor_min * ms)
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.base, "name", "?"))
+
+    @property
+    def origin(self) -> str:
+        return self.base.origin
+
+    @property
+    def tp_sizes(self) -> tuple[int, ...]:
+        return self.base.tp_sizes
+
+    def prefill_ms(self, tp_size: int, chunk: int, ctx: int = 0, sequences: int = 1) -> float:
+        if sequences > 1 and self._profile:
+            return self._apply(tp_size, Phase.PREFILL, self._profile.prefill_ms(tp_size, chunk, ctx, sequences))
+        return self._apply(tp_size, Phase.PREFILL, self.base.prefill_ms(tp_size, chunk, ctx))
+
+    def decode_ms(self, tp_size: int, batch: int, ctx: int) -> float:
+        return self._apply(tp_size, Phase.DECODE, self.base.decode_ms(tp_size, batch, ctx))
+
+    def decode_ms_many(self, tp_size: int, batch: Any, ctx: Any) -> Any:
+        assert self._profile, "arrays need a base that is a Profile"
+        ms = self._profile.decode_ms_many(tp_size, batch, ctx)
+        factor, offset = self._line_of(tp_size, Phase.DECODE)
+        return np.maximum(factor * ms + offset, self.bounds.factor_min * ms)
+
+    def mixed_ms(self, tp_size: int, chunk: int, batch: int, ctx: int, cached: int = 0) -> float:
+        """By its own correction once there are measurements; before, by those of its two parts."""
+        if cached and self._profile:
+            ms = self._profile.mixed_ms(tp_size, chunk, batch, ctx, cached)
+        else:
+            ms = self.base.mixed_ms(tp_size, chunk, batch, ctx)
+        if not chunk or not batch:
+            return self._apply(tp_size, Phase.PREFILL if chunk else Phase.DECODE, ms)
+        if (line := self._lines.get((tp_size, Phase.MIXED))) and line.weight:
+            return self._apply(tp_size, Phase.MIXED, ms)
+        parts = self.base.prefill_ms(tp_size, chunk, cached) + self.base.decode_ms(tp_size, batch, ctx)
+        now = self.prefill_ms(tp_size, chunk, cached) + self.decode_ms(tp_size, batch, ctx)
+        return ms if now == parts else ms * now / parts
+
+    def kv_capacity_tokens(self, tp_size: int, resident_tp: tuple[int, ...]) -> int:
+        return self.base.kv_capacity_tokens(tp_size, resident_tp)
