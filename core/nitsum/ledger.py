@@ -8,8 +8,10 @@ capacity does. New work pays for that by waiting until the group is within its c
 """
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 
 from nitsum.layout import Capacity, TierShare
 
@@ -58,6 +60,10 @@ class Ledger:
         self.set_capacity(capacity, shares, kv_tokens_max)
         self.running: dict[str, Entry] = {}
         self._queues: tuple[list[Entry], ...] = ([], [], [])
+        self._kv_tokens = 0
+        self._of_tier: dict[str, int] = {}
+        self._suspects = 0
+        self._moved_waiting = 0
         self._finish_gap_s = 1.0
         """Smoothed time between two finishes: the pace at which the queue drains."""
         self._finished_at: float | None = None
@@ -71,7 +77,18 @@ class Ledger:
 
     @property
     def kv_tokens(self) -> int:
-        return sum(e.kv_tokens for e in self.running.values())
+        """Promised to what runs."""
+        return self._kv_tokens
+
+    def _ran(self, entry: Entry, sign: int) -> None:
+        """Keeps the sums over `running`, which decide for each request."""
+        self._kv_tokens += sign * entry.kv_tokens
+        self._of_tier[entry.tier] = self._of_tier.get(entry.tier, 0) + sign
+        self._suspects += sign * entry.suspect
+
+    def _run(self, entry: Entry) -> None:
+        self.running[entry.rid] = entry
+        self._ran(entry, 1)
 
     def queued(self, admission: Admission) -> int:
         return len(self._queues[admission])
@@ -84,32 +101,33 @@ class Ledger:
         """By the group as a whole: nothing behind it may start either."""
         if self.running_max and len(self.running) >= self.running_max and not entry.moved:
             return True
-        return bool(self.running and self.kv_tokens_max and self.kv_tokens + entry.kv_tokens > self.kv_tokens_max)
+        return bool(self.running and self.kv_tokens_max and self._kv_tokens + entry.kv_tokens > self.kv_tokens_max)
 
     def _held(self, entry: Entry) -> bool:
         """By a cap of its own kind: others may pass it."""
-        if entry.suspect and any(e.suspect for e in self.running.values()):
+        if entry.suspect and self._suspects:
             return True
         cap = 0 if entry.moved else self.tier_max.get(entry.tier, 0)
-        return bool(cap and sum(e.tier == entry.tier for e in self.running.values()) >= cap)
+        return bool(cap and self._of_tier.get(entry.tier, 0) >= cap)
 
     def submit(self, entry: Entry, now: float) -> Answer:
         assert entry.rid not in self.running, entry.rid
         ahead = any(self._queues[: entry.admission + 1]) and not entry.moved
         if not self._held(entry) and not self._blocked(entry) and not (ahead and self._startable()):
-            self.running[entry.rid] = entry
+            self._run(entry)
             return Admitted()
         if self.queued_total >= self.queued_max * (2 if entry.moved else 1):  # bounded, but new work gives way first
             wait_ms = int(1e3 * self._finish_gap_s * (self.queued_total + 1))
             return Full(min(max(wait_ms, RETRY_AFTER_MS[0]), RETRY_AFTER_MS[1]))
         bisect.insort(self._queues[entry.admission], entry, key=lambda e: e.arrived)
+        self._moved_waiting += entry.moved
         return Queued()
 
     def _startable(self) -> Entry | None:
-        waiting = [e for queue in self._queues for e in queue]
-        for entry in sorted(waiting, key=lambda e: not e.moved):
-            if not self._held(entry):
-                return None if self._blocked(entry) else entry
+        for moved in (True, False) if self._moved_waiting else (False,):
+            for entry in chain.from_iterable(self._queues):
+                if entry.moved is moved and not self._held(entry):
+                    return None if self._blocked(entry) else entry
         return None
 
     def start(self) -> list[Entry]:
@@ -117,35 +135,42 @@ class Ledger:
         started = []
         while (entry := self._startable()) is not None:
             self._queues[entry.admission].remove(entry)
-            self.running[entry.rid] = entry
+            self._moved_waiting -= entry.moved
+            self._run(entry)
             started.append(entry)
         return started
 
     def finish(self, rid: str, now: float) -> list[Entry]:
         """Ends a running or a waiting request; returns those that start in its place."""
-        if self.running.pop(rid, None) is not None:
+        if (ended := self.running.pop(rid, None)) is not None:
+            self._ran(ended, -1)
             if self._finished_at is not None:
                 self._finish_gap_s += 0.2 * (now - self._finished_at - self._finish_gap_s)
             self._finished_at = now
         else:
-            for queue in self._queues:
-                queue[:] = [e for e in queue if e.rid != rid]
+            self._keep(lambda e: e.rid != rid)
         return self.start()
+
+    def _keep(self, stays: Callable[[Entry], bool]) -> None:
+        for queue in self._queues:
+            queue[:] = [e for e in queue if stays(e)]
+        self._moved_waiting = sum(e.moved for queue in self._queues for e in queue)
 
     def expire(self, now: float) -> list[Entry]:
         """Takes out what has waited too long."""
         late = [e for q in self._queues for e in q if e.expires <= now]
-        for queue in self._queues:
-            queue[:] = [e for e in queue if e.expires > now]
+        if late:
+            self._keep(lambda e: e.expires > now)
         return late
 
     def empty_queues(self) -> list[Entry]:
         waiting = [e for q in self._queues for e in q]
-        for queue in self._queues:
-            queue.clear()
+        self._keep(lambda _: False)
         return waiting
 
     def clear(self) -> None:
         """The engine is gone: nothing runs, nothing waits."""
+        for entry in self.running.values():
+            self._ran(entry, -1)
         self.running.clear()
         self.empty_queues()

@@ -1,6 +1,7 @@
 """Whatever happens to a stream, its client gets each token once and in order."""
 
 import zlib
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from nitsum.routing import (
     Refused,
     Retried,
     Retry,
+    Routes,
     Stream,
     Submit,
     Tokens,
@@ -126,3 +128,36 @@ def test_the_least_loaded_group_of_the_tier_is_feasible_until_it_is_full() -> No
     assert worse is not None
     assert worse.admission is AdmissionClass.BEST_EFFORT
     assert decide("chat", False, (GroupView(("a", "x"), 1, False, frozenset()),)) is None
+
+
+views = st.lists(
+    st.builds(
+        GroupView,
+        st.tuples(st.just("a"), st.sampled_from(["g1", "g2", "g3", "g4", "g5"])),
+        st.just(1),
+        st.booleans(),
+        st.sets(st.sampled_from(["t", "u"])).map(frozenset),
+        st.integers(0, 4),
+        st.integers(0, 2),
+        st.integers(0, 4),
+        st.booleans(),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(views, st.sets(st.sampled_from(["g1", "g2", "g3"])), st.sampled_from(["t", "u", "v"]), st.booleans(), st.sampled_from(["", "g2"]))
+def test_kept_routes_decide_like_a_view_looked_at_afresh(news: list[GroupView], avoid: set[str], tier: str, back: bool, gone: str) -> None:
+    routes, last = Routes(), dict[tuple[str, str], GroupView]()
+    for g in news:  # later news of a group replace earlier ones
+        routes.put(g)
+        last[g.key] = g
+    routes.remove(("a", gone))
+    last.pop(("a", gone), None)
+    if last:
+        key = min(last)
+        routes.submitted(key)
+        last[key] = replace(last[key], running=last[key].running + 1)
+    avoided = frozenset(("a", k) for k in avoid)
+    assert decide(tier, back, routes, avoided) == decide(tier, back, tuple(last.values()), avoided)

@@ -1,0 +1,80 @@
+"""A simulated gateway: its own view of the groups, up to a second old, and its own windows of demand, as the real one reports them."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+from nitsum.demand_estimate import GAMMA, Window
+from nitsum.routing import Routes
+from nitsum.sim.group import SimGroup
+
+LOG_GAMMA = math.log(GAMMA)
+
+
+@dataclass
+class _Lengths:
+    buckets: Counter[int] = field(default_factory=Counter)
+    total: int = 0
+
+    def add(self, tokens: int) -> None:
+        self.buckets[math.ceil(math.log(tokens) / LOG_GAMMA)] += 1
+        self.total += tokens
+
+
+@dataclass
+class _Tier:
+    arrivals: int = 0
+    prompt: _Lengths = field(default_factory=_Lengths)
+    output: _Lengths = field(default_factory=_Lengths)
+
+
+class Gateway:
+    def __init__(self, name: str, pool: str, tiers: tuple[str, ...]) -> None:
+        self.name, self.pool, self.tiers = name, pool, tiers
+        self.routes = Routes()
+        self.stale: set[SimGroup] = set()
+        """Groups with news since the last look."""
+        self.turn = 0
+        """Of the round robin that `plain` does."""
+        self._seen = {t: _Tier() for t in tiers}
+        self.in_flight: Counter[str] = Counter()
+
+    def refresh(self) -> None:
+        for g in sorted(self.stale, key=lambda g: (not g.closing, g.key)):  # a key's next group comes after the one that ended
+            if g.closing:
+                self.routes.remove(g.key)
+            else:
+                self.routes.put(g.view())
+        self.stale.clear()
+
+    def arrived(self, tier: str, prompt: int) -> None:
+        t = self._seen[tier]
+        t.arrivals += 1
+        t.prompt.add(prompt)
+        self.in_flight[tier] += 1
+
+    def ended(self, tier: str, output: int | None) -> None:
+        """`output` None: it was refused or failed."""
+        if output is not None:
+            self._seen[tier].output.add(output)
+        self.in_flight[tier] -= 1
+
+    def windows(self, now: float, seconds: float) -> list[Window]:
+        """Ends the window."""
+        found = [
+            Window(
+                self.pool,
+                tier,
+                now,
+                seconds,
+                t.arrivals,
+                float(t.arrivals**2),
+                self.in_flight[tier],
+                (t.prompt.buckets, 0, float(t.prompt.total)),
+                (t.output.buckets, 0, float(t.output.total)),
+                self.name,
+            )
+            for tier, t in self._seen.items()
+        ]
+        self._seen = {t: _Tier() for t in self.tiers}
+        return found

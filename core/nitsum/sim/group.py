@@ -1,0 +1,58 @@
+"""A group on a simulated node: the production ledger in front of a simulated engine."""
+
+from dataclasses import dataclass, field
+
+from nitsum.layout import Group
+from nitsum.ledger import Entry, Ledger
+from nitsum.routing import GroupView, Stream
+from nitsum.sim.engine import Engine, Seq
+from nitsum.sim.request import Request
+
+Key = tuple[str, str]
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """A request on its way. `warm_at`: the node that has kept its KV."""
+
+    request: Request
+    rid: str
+    gateway: int
+    stream: Stream | None = None
+    group: "SimGroup | None" = None
+    seq: Seq | None = None
+    first_at: float = -1.0
+    made: int = 0
+    warm_at: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class SimGroup:
+    """`open` False: its engine is not awake yet, what comes is gathered; or it closes, and what comes is sent on."""
+
+    key: Key
+    group: Group
+    epoch: int
+    engine: Engine
+    ledger: Ledger
+    open: bool = False
+    closing: bool = False
+    due_at: float = -1.0
+    tiers: frozenset[str] = frozenset()
+    lives: dict[str, Live] = field(default_factory=dict)
+    """All that were submitted and have not left: running, queued, gathered."""
+    gathered: list[tuple[Entry, Live]] = field(default_factory=list)
+
+    def serve(self, group: Group, kv_tokens_max: int) -> None:
+        """New shares and capacity; nothing restarts."""
+        self.group = group
+        self.tiers = frozenset(s.tier for s in group.shares if s.share > 0 or s.max_running)
+        self.ledger.set_capacity(group.capacity, group.shares, kv_tokens_max)
+
+    def view(self) -> GroupView:
+        """As its node would report it now."""
+        running, queued = len(self.ledger.running), self.ledger.queued_total + len(self.gathered)
+        return GroupView(self.key, self.epoch, not self.closing, self.tiers, running, queued, self.group.capacity.max_running, self.closing)
+
+    def kv_tokens(self) -> int:
+        return self.engine.resident_tokens

@@ -1,0 +1,37 @@
+"""What decides about a fleet. A policy is a planner and what it is told: all but `plain` use the production router and ledger."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from nitsum.layout import Group, Layout
+from nitsum.perf import FlipCost
+from nitsum.planner import Planner, PlannerSettings
+from nitsum.pool import Pool
+from nitsum.sim.engine import EngineLimits
+
+
+def stock(group: Group) -> EngineLimits:
+    """SGLang's own settings."""
+    return EngineLimits()
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`pool` may be narrowed (TP, mode). `first`: layouts by agent id that run from the start; without: the planner's first plan."""
+
+    name: str
+    pool: Pool
+    flip_cost: FlipCost
+    resident_tp: tuple[int, ...]
+    """What shares a GPU's memory."""
+    planner: Planner | None = None
+    """None: `plain`: round robin, no admission, the first layout for ever."""
+    first: Mapping[str, Layout] | None = None
+    settings: PlannerSettings = field(default_factory=PlannerSettings)
+    interval_s: float = 1.0
+    foresight_s: float = 0.0
+    """Above 0: demand is not estimated but read from the traffic that comes in so many seconds."""
+    note: str = ""
+
+    def limits(self, group: Group) -> EngineLimits:
+        return stock(group)

@@ -1,0 +1,123 @@
+"""Policies by the names that `--policy` takes."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from nitsum.errors import InvalidSpec
+from nitsum.layout import FlipMode
+from nitsum.perf import FlipCost, StepTimeModel
+from nitsum.planner import Planner, PlannerSettings
+from nitsum.planner.v0 import plan
+from nitsum.pool import AdaptationMode, Pool
+from nitsum.sim.policies import Policy, standing
+from nitsum.sim.policies.layouts import uniform
+from nitsum.topology import Node
+
+NAMES = ("plain-tpN", "static-tpN", "static-partition", "resplit-tpN", "replicas-tpN", "restart-tp", "nitsum", "oracle")
+RESTART_S = 30.0
+FORESIGHT_S = 10.0
+
+
+@dataclass(frozen=True)
+class FixedPause:
+    """Implements FlipCost: whatever moves, the pause is the same, and KV is lost."""
+
+    ms: float
+
+    def pause_ms(self, resident_tokens: int, mode: FlipMode, from_tp: int, to_tp: int) -> float:
+        return self.ms
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every policy of a comparison shares."""
+
+    pool: Pool
+    nodes: tuple[Node, ...]
+    model: StepTimeModel
+    flip_cost: FlipCost
+    planner: Planner = plan
+    settings: PlannerSettings = PlannerSettings()
+
+    @property
+    def tps(self) -> tuple[int, ...]:
+        """Degrees that the spec, the profile and the nodes allow."""
+        widest = max(len(n.gpus) for n in self.nodes)
+        legal = set.intersection(*(set(n.legal_tp.get(self.pool.model, ())) for n in self.nodes))
+        allowed = self.pool.allowed_tp or self.model.tp_sizes
+        return tuple(t for t in self.model.tp_sizes if t in allowed and t <= min(widest, self.pool.budget_gpus) and t in legal)
+
+
+def _fixed(s: Setting, tp_size: int, mode: AdaptationMode) -> Pool:
+    return replace(s.pool, allowed_tp=(tp_size,), mode=mode)
+
+
+def _plain(s: Setting, name: str, tp_size: int) -> Policy:
+    return Policy(name, s.pool, s.flip_cost, (tp_size,), None, uniform(s.pool, s.nodes, tp_size, f"policy {name}"))
+
+
+def _static(s: Setting, name: str, tp_size: int) -> Policy:
+    first = uniform(s.pool, s.nodes, tp_size, f"policy {name}")
+    return Policy(name, _fixed(s, tp_size, AdaptationMode.FROZEN), s.flip_cost, (tp_size,), standing.plan, first, s.settings)
+
+
+def _resplit(s: Setting, name: str, tp_size: int) -> Policy:
+    first = uniform(s.pool, s.nodes, tp_size, f"policy {name}")
+    return Policy(name, _fixed(s, tp_size, AdaptationMode.ACTIVE), s.flip_cost, (tp_size,), s.planner, first, s.settings)
+
+
+def _nitsum(s: Setting, name: str) -> Policy:
+    return Policy(name, replace(s.pool, mode=AdaptationMode.ACTIVE), s.flip_cost, s.tps, s.planner, None, s.settings)
+
+
+def _restart(s: Setting, name: str) -> Policy:
+    """The same planner, told what a restart costs; one TP's engines at a time, so the whole memory is theirs."""
+    pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
+    return Policy(name, pool, FixedPause(RESTART_S * 1e3), (), s.planner, None, s.settings, note=f"a change of TP takes {RESTART_S:g} s")
+
+
+def _oracle(s: Setting, name: str) -> Policy:
+    settings = replace(s.settings, cooldown_s=0.0, gain_min=0.0, headroom_quantile=0.5, flips_at_once_max=10**6)
+    note = f"our planner, told the true demand of the coming {FORESIGHT_S:g} s; switches are free and keep KV; its search is our planner's"
+    pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
+    return Policy(name, pool, FixedPause(0.0), s.tps, keeping(s.planner), None, settings, foresight_s=FORESIGHT_S, note=note)
+
+
+def keeping(planner: Planner) -> Planner:
+    """Its flips carry the KV along."""
+
+    def planned(snapshot: object, now: float) -> object:
+        found = planner(snapshot, now)  # type: ignore[arg-type]
+        return replace(found, nodes=tuple(replace(n, mode=FlipMode.MIGRATE_FIRST) for n in found.nodes))
+
+    return planned  # type: ignore[return-value]
+
+
+SIMPLE: dict[str, Callable[[Setting, str], Policy]] = {"nitsum": _nitsum, "restart-tp": _restart, "oracle": _oracle}
+BY_TP: dict[str, Callable[[Setting, str, int], Policy]] = {"plain": _plain, "static": _static, "resplit": _resplit}
+
+
+def expand(text: str, s: Setting) -> tuple[str, ...]:
+    """`nitsum,static-tpN` -> names, N standing for every legal TP. Raises InvalidSpec."""
+    found: list[str] = []
+    for name in (n.strip() for n in text.split(",")):
+        if name.endswith("-tpN"):
+            found += [f"{name[:-1]}{tp}" for tp in s.tps]
+        elif name:
+            found.append(name)
+    if not found:
+        raise InvalidSpec("policy", f"names no policy; there are {', '.join(NAMES)}")
+    return tuple(dict.fromkeys(found))
+
+
+def build(name: str, s: Setting) -> Policy:
+    """Raises InvalidSpec."""
+    if name in SIMPLE:
+        return SIMPLE[name](s, name)
+    match = re.fullmatch(r"([a-z]+)-tp([0-9]+)", name)
+    if match is None or match[1] not in BY_TP:
+        raise InvalidSpec("policy", f"no policy {name!r}; there are {', '.join(NAMES)}")
+    if int(match[2]) not in s.tps:
+        raise InvalidSpec(f"policy {name}", f"TP {match[2]} is not legal here; legal are {', '.join(map(str, s.tps))}")
+    return BY_TP[match[1]](s, name, int(match[2]))

@@ -1,0 +1,83 @@
+"""Recorded traffic: pure parsers over lines. What is wrong in a file is counted over all of it, then raised; nothing is mended in silence."""
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeAlias
+
+import numpy as np
+
+from nitsum.errors import InvalidSpec
+
+FORMATS = ("azure", "mooncake", "servegen")
+Floats: TypeAlias = Any
+"""A numpy array of float64; numpy is not typed here."""
+Ints: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Arrivals in seconds from the first one, sorted. `notes`: what a reader of any figure made from it must know."""
+
+    name: str
+    at: Floats
+    prompt: Ints
+    output: Ints
+    length_s: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rate(self) -> float:
+        return len(self.at) / self.length_s
+
+
+@dataclass
+class Problems:
+    """What is wrong with a file, by kind, with the first line of each."""
+
+    name: str
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, kind: str, line: int) -> None:
+        count, first = self.seen.get(kind, (0, line))
+        self.seen[kind] = count + 1, first
+
+    def fail(self, line: int, message: str) -> NoReturn:
+        """For what makes the rest of the file unreadable."""
+        raise InvalidSpec(f"{self.name}: line {line}", message)
+
+    def check(self, rows: int) -> None:
+        """Raises InvalidSpec with every count."""
+        if self.seen:
+            text = "; ".join(f"{n} row(s) with {kind} (first: line {first})" for kind, (n, first) in sorted(self.seen.items()))
+            line = min(first for _, first in self.seen.values())
+            raise InvalidSpec(f"{self.name}: line {line}", f"{text}. Times must not fall, lengths must be whole numbers of at least 0")
+        if not rows:
+            raise InvalidSpec(self.name, "holds no requests")
+
+    def whole(self, text: object, what: str, line: int) -> int:
+        """A count of tokens; -1 and a problem where there is none."""
+        if text is None or text == "":
+            self.add(f"no {what}", line)
+            return -1
+        try:
+            value = float(text)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            value = float("nan")
+        if isinstance(text, bool) or value != value or value % 1 or abs(value) > 1e9:
+            self.add(f"a {what} that is not a whole number", line)
+            return -1
+        if value < 0:
+            self.add(f"a negative {what}", line)
+        return int(value)
+
+
+def make(name: str, at: list[float], prompt: list[int], output: list[int], notes: tuple[str, ...] = ()) -> Trace:
+    """From parallel columns, times in seconds and sorted."""
+    times = np.asarray(at, dtype=np.float64)
+    times = times - times[0]
+    prompts, outputs = np.asarray(prompt, dtype=np.int64), np.asarray(output, dtype=np.int64)
+    for what, values in (("prompt", prompts), ("output", outputs)):
+        if zeros := int((values == 0).sum()):
+            notes = (*notes, f"{name}: {zeros} request(s) with an empty {what}, simulated as one token")
+    # The last gap is as long as the mean one: N arrivals last N gaps, so that rotations keep the rate.
+    gap = float(times[-1]) / max(len(times) - 1, 1) or 1.0
+    return Trace(name, times, np.maximum(prompts, 1), np.maximum(outputs, 1), float(times[-1]) + gap, notes)
