@@ -2,16 +2,17 @@
 
 import typer
 
-from nitsum_cli import profile, profiles
+from nitsum_cli import profile, profiles, simulate
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Tensor parallelism as a run-time knob.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("profile")(profile.command)
 app.command("profiles")(profiles.command)
+app.command("simulate")(simulate.simulate)
 
 
 @app.callback()
-def main() -> None:
-    """So that a single command keeps its name."""
+def nitsum() -> None:
+    """SLO-tiered serving with tensor parallelism as a run-time knob."""
 
 
 if __name__ == "__main__":

@@ -315,9 +315,7 @@ class Stream:
         self.group = None
         return [Fail(status, message, retry_after_ms)]
 
-    def _place(
-        self, view: View, now: float, successors: tuple[tuple[tuple[str, str], int], ...] = (), full_ms: int = 0
-    ) -> list[Command]:
+    def _place(self, view: View, now: float, successors: tuple[tuple[tuple[str, str], int], ...] = (), full_ms: int = 0) -> list[Command]:
         if self.waiting_since is not None:
             self.waited_s += max(now - self.waiting_since, 0.0)
             self.waiting_since = None

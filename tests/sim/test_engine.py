@@ -232,6 +232,14 @@ def test_macro_steps_equal_single_steps(raw: list[tuple[float, int, int, int]], 
         assert fast[r.rid] == pytest.approx((r.first, r.last), rel=1e-6), r
 
 
+def test_limits_beyond_the_clip_agree_too() -> None:
+    reqs = [Req(i, 0.03 * i, 50, 400 + 37 * (i % 4), 4300 + 40 * (i % 7)) for i in range(60)]
+    engine, slow = Engine(StepTimes(Straight(), 1), 60_000, EngineLimits()), PerStep(StepTimes(Straight(), 1), 60_000, EngineLimits())
+    fast = macro(engine, reqs)
+    slow.run(reqs)
+    assert all(fast[r.rid] == pytest.approx((r.first, r.last)) for r in reqs)
+
+
 def test_retraction_agrees_too() -> None:
     reqs = [Req(i, 0.01 * i, 20, 300, 300) for i in range(12)]
     engine, slow = Engine(StepTimes(Straight(), 1), 700, EngineLimits()), PerStep(StepTimes(Straight(), 1), 700, EngineLimits())

@@ -96,7 +96,9 @@ def _columns(
         parameters = servegen.parse(lines(name), name)
         recorded = parameters.mean_rate(start, duration)
         if stream.rate and not recorded:
-            raise InvalidSpec(f"{stream.path}.rate", f"{name} has no requests in the simulated stretch, so nothing to scale to {stream.rate}")
+            raise InvalidSpec(
+                f"{stream.path}.rate", f"{name} has no requests in the simulated stretch, so nothing to scale to {stream.rate}"
+            )
         factor = scale * (1.0 if stream.rate is None else stream.rate / recorded if stream.rate else 0.0)
         columns, length_s = parameters.draw(start, duration, factor, rng), parameters.length_s
     else:

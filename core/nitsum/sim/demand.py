@@ -14,12 +14,14 @@ class Foresight:
         self._columns = {}
         for tier in tiers:
             mine = [r for r in traffic.requests if r.tier == tier]
-            self._columns[tier] = tuple(np.asarray(c) for c in ([r.arrived for r in mine], [r.prompt for r in mine], [r.output for r in mine]))
+            self._columns[tier] = tuple(
+                np.asarray(c) for c in ([r.arrived for r in mine], [r.prompt for r in mine], [r.output for r in mine])
+            )
 
     def __call__(self, now: float, window_s: float) -> tuple[TierDemand, ...]:
         found = []
         for tier, (at, prompt, output) in sorted(self._columns.items()):
-            a, b = np.searchsorted(at, [now, now + window_s])
+            a, b = int(np.searchsorted(at, now)), int(np.searchsorted(at, now + window_s))
             if a == b:
                 found.append(TierDemand(self.pool, tier, 0.0, observed_at=now))
                 continue

@@ -44,6 +44,7 @@ class Seq:
     warm: bool = False
     base: int = 0
     filled: int = 0
+    clipped: bool = False
 
     @property
     def length(self) -> int:
@@ -79,8 +80,11 @@ class Engine:
     _full: bool = False
     _ratio: float = RATIO_INIT
     _promised: int = 0
-    """Sum over running of max_new + base: what is left to make, at most, is this less steps x batch, where no limit is clipped."""
+    """Sum over running of max_new + base: what they have left to make, at most, is this less steps x their number."""
     _clipped: int = 0
+    """Running ones that have more left than NEW_TOKENS_CLIP; they are not in `_promised`."""
+    _unclips: list[tuple[int, int, int]] = field(default_factory=list)
+    """(step, rid, base) at which such a one has no more than that left."""
     _work: _Work = _Work.IDLE
     _since: float = 0.0
     _run: int = 0
@@ -153,16 +157,22 @@ class Engine:
         seq = self.running.pop(rid)
         seq.made = self.steps - seq.base
         self.held -= seq.prompt + seq.made - 1
-        self._promised -= seq.max_new + seq.base
-        self._clipped -= seq.max_new > NEW_TOKENS_CLIP
+        if seq.clipped:
+            self._clipped -= 1
+        else:
+            self._promised -= seq.max_new + seq.base
         return seq
 
     def _join(self, seq: Seq) -> None:
         seq.base, seq.filled, seq.warm = self.steps - seq.made, 0, False
         self.running[seq.rid] = seq
         self.held += seq.prompt + seq.made - 1
-        self._promised += seq.max_new + seq.base
-        self._clipped += seq.max_new > NEW_TOKENS_CLIP
+        seq.clipped = seq.max_new - seq.made > NEW_TOKENS_CLIP
+        if seq.clipped:
+            self._clipped += 1
+            heapq.heappush(self._unclips, (seq.base + seq.max_new - NEW_TOKENS_CLIP, seq.rid, seq.base))
+        else:
+            self._promised += seq.max_new + seq.base
         heapq.heappush(self._ends, (seq.base + seq.output, seq.rid))
 
     def _prefilled(self) -> list[tuple[Happened, Seq]]:
@@ -190,8 +200,8 @@ class Engine:
         if self._parts:
             self._work = _Work.PREFILL
             parts = [(n, seq.filled - n) for seq, n in self._parts]
-            b, room = len(self.running), self._free()
-            if self.limits.mixed_tokens is not None and b and room >= b:
+            b = len(self.running)
+            if self.limits.mixed_tokens is not None and b and self._room() >= b:
                 self._mixed = True
                 took = self.times.mixed(parts, b, self._ctx())
             else:
@@ -199,7 +209,8 @@ class Engine:
             self.next_at = now + took / 1e3
             return
         if not self.running:
-            assert not self.waiting and self._cut is None, "an idle engine leaves requests waiting"
+            assert not self.waiting, "an idle engine leaves requests waiting"
+            assert self._cut is None, "an idle engine leaves a prompt cut"
             self._work, self.next_at, self._ratio = _Work.IDLE, NEVER, RATIO_INIT
             return
         self._undecayed = self._free() < len(self.running)
@@ -214,15 +225,23 @@ class Engine:
         self.next_at = now + self.times.decode_run(b, self._ctx(), self._run) / 1e3
 
     def _free(self) -> int:
-        """KV tokens that nothing holds, those of the prefill step that runs counted as held."""
-        return self.kv_tokens - self.held - sum(s.filled for s, _ in self._parts) - (self._cut.filled if self._cut and not self._parts else 0)
+        """KV tokens that nothing holds, between two steps."""
+        return self.kv_tokens - self.held - (self._cut.filled if self._cut is not None else 0)
+
+    def _room(self) -> int:
+        """For decode beside the prefill step in `_parts`."""
+        return self.kv_tokens - self.held - sum(s.filled for s, _ in self._parts)
 
     def _estimated(self) -> float:
         """Tokens that the running ones will make yet, by the ratio."""
-        if self._clipped:
-            left = sum(min(s.max_new - (self.steps - s.base), NEW_TOKENS_CLIP) for s in self.running.values())
-        else:
-            left = self._promised - self.steps * len(self.running)
+        while self._unclips and self._unclips[0][0] <= self.steps:
+            _, rid, base = heapq.heappop(self._unclips)
+            seq = self.running.get(rid)
+            if seq is not None and seq.clipped and seq.base == base:
+                seq.clipped = False
+                self._clipped -= 1
+                self._promised += seq.max_new + seq.base
+        left = self._clipped * NEW_TOKENS_CLIP + self._promised - self.steps * (len(self.running) - self._clipped)
         return left * self._ratio
 
     def _admit(self, budget: int) -> list[tuple[Seq, int]]:
@@ -306,7 +325,7 @@ class Engine:
         for seq in left:
             seq.filled = 0
         self.waiting.clear()
-        self._parts, self._ends, self._cut, self._full = [], [], None, False
+        self._parts, self._ends, self._unclips, self._cut, self._full = [], [], [], None, False
         self._work, self.next_at, self._ratio = _Work.IDLE, NEVER, RATIO_INIT
-        assert self.held == 0 and self._promised == 0, (self.held, self._promised)
+        assert (self.held, self._promised) == (0, 0), (self.held, self._promised)
         return left

@@ -49,6 +49,8 @@ class _Node:
     node: Node
     residency: Residency = Residency()
     groups: dict[str, SimGroup] = field(default_factory=dict)
+    ending: dict[str, SimGroup] = field(default_factory=dict)
+    """Closed by the flip under way; awake until their engines stop."""
     wanted: NodePlan | None = None
     draining: list[SimGroup] = field(default_factory=list)
     flipped_at: float | None = None
@@ -176,12 +178,15 @@ class Fleet:
         gateway.routes.submitted(c.group)
         node = self.nodes[c.group[0]]
         g = node.groups.get(c.group[1])
-        if g is None or g.closing:
-            return self._feed(live, routing.Moved(c.hop, self._successors(node, g.group if g else None)))
+        if g is None:
+            closed = node.ending.get(c.group[1])
+            return self._feed(live, routing.Moved(c.hop, self._successors(node, closed.group if closed else None)))
         if not g.engine.fits(r.prompt + live.made):
             return self._feed(live, routing.Refused(c.hop, fatal="longer than the KV of this group"))
         left = max(r.max_new - live.made, 1)
-        entry = Entry(live.rid, r.tier, ADMISSIONS[c.admission], r.prompt + live.made + left, r.arrived, self.now + QUEUE_S, False, live.made > 0)
+        entry = Entry(
+            live.rid, r.tier, ADMISSIONS[c.admission], r.prompt + live.made + left, r.arrived, self.now + QUEUE_S, False, live.made > 0
+        )
         live.group = g
         if not g.open:
             g.gathered.append((entry, live))
@@ -273,7 +278,7 @@ class Fleet:
             for w in gateway.windows(self.now, seconds) if seconds else ():
                 self.estimator.observe(w)
         self.estimator.freeze(self.pool.name, self.now, any(n.wanted is not None for n in self.nodes.values()))
-        for g in self._all():
+        for g in list(self._all()):
             if g.ledger.queued_total:
                 self._expire(g)
         demand = self.foresight(self.now, policy.foresight_s) if self.foresight else self.estimator.estimate(self.now)
@@ -305,6 +310,7 @@ class Fleet:
         for i, g in kept.items():
             if new[i] != g.group:
                 g.serve(new[i], self._kv(new[i]))
+                g.engine.limits = self.policy.limits(new[i])
                 self._started(g, g.ledger.start())
                 self._news(g)
         if len(kept) == len(new) == len(n.groups):
@@ -316,55 +322,52 @@ class Fleet:
         self._flip(n, wanted, [g for i, g in n.groups.items() if i not in kept])
 
     def _flip(self, n: _Node, wanted: NodePlan, ended: list[SimGroup]) -> None:
+        """A's groups close; B's gather what comes from now on and open when A's engines have stopped and the pause is over."""
         self.flips += 1
-        n.wanted, n.draining = wanted, []
+        n.wanted, n.epoch = wanted, n.epoch + 1
         for g in ended:
             g.closing = True
+            n.groups.pop(g.group.group_id)
+            n.ending[g.group.group_id] = g
             self._news(g)
-        if wanted.mode is FlipMode.LET_FINISH:
-            for g in ended:
-                for e in g.ledger.empty_queues():
-                    self._moved(n, g, g.lives.pop(e.rid))
-            n.draining = [g for g in ended if g.lives]
+        for group in wanted.layout.groups:
+            if group.group_id not in n.groups:
+                self._place(n, group)
+        n.draining = [g for g in ended if g.lives] if wanted.mode is FlipMode.LET_FINISH else []
+        for g in list(n.draining):
+            for e in g.ledger.empty_queues():
+                self._moved(n, g, g.lives.pop(e.rid))
+            if not g.lives:
+                n.draining.remove(g)
         if not n.draining:
-            self._switch(n, ended)
-        else:
-            for g in ended:
-                if g not in n.draining:
-                    self._sleep(n, g)
+            self._switch(n)
 
     def _drained(self, g: SimGroup) -> None:
         n = self.nodes[g.key[0]]
         if g in n.draining:
             n.draining.remove(g)
-            self._sleep(n, g)
             if not n.draining:
-                self._switch(n, [])
+                self._switch(n)
 
-    def _switch(self, n: _Node, ended: list[SimGroup]) -> None:
+    def _switch(self, n: _Node) -> None:
         """A's engines stop, B's wake after the pause; streams go to B at once and wait there."""
         assert n.wanted is not None
-        kept = n.wanted.mode is FlipMode.MIGRATE_FIRST
-        fresh = [g for g in n.wanted.layout.groups if g.group_id not in n.groups or n.groups[g.group_id].closing]
-        to_tp = max((g.tp_size for g in fresh), default=1)
+        kept, ended = n.wanted.mode is FlipMode.MIGRATE_FIRST, list(n.ending.values())
+        to_tp = max((g.group.tp_size for g in n.groups.values() if not g.open), default=1)
         # KV that is computed again costs its prefill in the engine, below; only what is copied is part of the pause.
         cost = self.policy.flip_cost
-        pauses = [cost.pause_ms(g.kv_tokens() if kept else 0, n.wanted.mode, g.group.tp_size, to_tp) for g in ended]
-        pause_s = max(pauses, default=cost.pause_ms(0, n.wanted.mode, to_tp, to_tp)) / 1e3
+        pauses = [cost.pause_ms(g.engine.resident_tokens if kept else 0, n.wanted.mode, g.group.tp_size, to_tp) for g in ended]
+        pause_s = max(pauses, default=0.0) / 1e3
+        gone = []
         for g in ended:
             warm = set(g.engine.running) if kept else ()
-            stopped = g.engine.stop(self.now)
-            self._due(g)
-            for seq in stopped:
+            for seq in g.engine.stop(self.now):
                 live = g.lives[str(seq.rid)]
                 live.warm_at = n.node.agent_id if seq.rid in warm else ""
                 self._tokens(live, seq)
-        gone = [(g, live) for g in ended for live in [*g.lives.values(), *(x for _, x in g.gathered)]]
-        for g in ended:
+            self._due(g)
+            gone += [(g, live) for live in g.lives.values()]
             self._sleep(n, g)
-        n.epoch += 1
-        for group in fresh:
-            self._place(n, group)
         for g, live in gone:
             self._moved(n, g, live)
         self._check()
@@ -379,11 +382,9 @@ class Fleet:
         self._feed(live, routing.Moved(live.stream.hop, self._successors(n, g.group)))
 
     def _successors(self, n: _Node, ended: Group | None) -> tuple[tuple[Key, int], ...]:
-        there = {i: g for i, g in n.groups.items() if not g.closing}
         if ended is None:
-            return tuple((g.key, g.epoch) for _, g in sorted(there.items()))
-        order = n.layout.successors(ended)
-        return tuple((there[g.group_id].key, there[g.group_id].epoch) for g in order if g.group_id in there)
+            return tuple((g.key, g.epoch) for _, g in sorted(n.groups.items()))
+        return tuple((n.groups[g.group_id].key, n.groups[g.group_id].epoch) for g in n.layout.successors(ended))
 
     def _opened(self, n: _Node) -> None:
         n.wanted, n.flipped_at = None, self.now
@@ -419,40 +420,43 @@ class Fleet:
 
     def _sleep(self, n: _Node, g: SimGroup) -> None:
         assert g.engine.next_at == NEVER, "an engine sleeps at work"
-        if g.open:
-            for uuid in g.group.gpu_uuids:
-                assert self._awake[uuid] == g.key, (uuid, g.key)
-                del self._awake[uuid]
-            self._groups.remove(g)
-        g.open, g.closing = False, True
-        g.lives = {}
+        for uuid in g.group.gpu_uuids:
+            assert self._awake[uuid] == g.key, (uuid, g.key)
+            del self._awake[uuid]
+        self._groups.remove(g)
+        g.open, g.lives = False, {}
         self.retractions += g.engine.retractions
-        if n.groups.get(g.group.group_id) is g:
-            del n.groups[g.group.group_id]
+        del n.ending[g.group.group_id]
         self._record()
 
     def _kv(self, group: Group) -> int:
         return self.model.kv_capacity_tokens(group.tp_size, self.policy.resident_tp)
 
     def _all(self) -> Iterable[SimGroup]:
-        return (g for n in self.nodes.values() for g in n.groups.values())
+        return (g for n in self.nodes.values() for g in (*n.groups.values(), *n.ending.values()))
 
     def _record(self) -> None:
         gpus: Counter[tuple[int, tuple[str, ...]]] = Counter()
-        for g in self._all():
-            gpus[(g.group.tp_size, tuple(sorted(g.tiers))) if g.open else (0, ())] += g.group.tp_size
-        rows = tuple((tp, tiers, n) for (tp, tiers), n in sorted(gpus.items()))
+        for n in self.nodes.values():
+            for g in (*n.groups.values(), *n.ending.values()):
+                if g.open:
+                    gpus[g.group.tp_size, tuple(sorted(g.tiers))] += g.group.tp_size
+                else:
+                    gpus[0, ()] += sum(u not in self._awake for u in g.group.gpu_uuids)
+        rows = tuple((tp, tiers, count) for (tp, tiers), count in sorted(gpus.items()) if count)
         if self.layouts and self.layouts[-1].at == self.now:
             self.layouts.pop()
         if not self.layouts or self.layouts[-1].gpus != rows:
             self.layouts.append(LayoutAt(self.now, rows))
 
     def _check(self) -> None:
+        """GPUs in use, by engines awake or about to be; that no two are awake on one is checked as they wake."""
         used = 0
         for n in self.nodes.values():
-            uuids = [u for g in n.groups.values() for u in g.group.gpu_uuids if g.open or not g.closing]
-            assert len(set(uuids)) == len(uuids) <= len(n.node.gpus), f"{n.node.agent_id}: a GPU twice"
-            assert set(uuids) <= {g.uuid for g in n.node.gpus}, f"{n.node.agent_id}: foreign GPUs"
-            used += len(uuids)
+            uuids = [u for g in n.groups.values() for u in g.group.gpu_uuids]
+            assert len(set(uuids)) == len(uuids), f"{n.node.agent_id}: a GPU twice"
+            held = {*uuids, *(u for g in n.ending.values() for u in g.group.gpu_uuids)}
+            assert held <= {g.uuid for g in n.node.gpus}, f"{n.node.agent_id}: foreign GPUs"
+            used += len(held)
         assert used <= self.pool.budget_gpus, f"{used} GPUs in use, the budget is {self.pool.budget_gpus}"
         self.gpus_max = max(self.gpus_max, used)

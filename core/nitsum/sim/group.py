@@ -53,6 +53,3 @@ class SimGroup:
         """As its node would report it now."""
         running, queued = len(self.ledger.running), self.ledger.queued_total + len(self.gathered)
         return GroupView(self.key, self.epoch, not self.closing, self.tiers, running, queued, self.group.capacity.max_running, self.closing)
-
-    def kv_tokens(self) -> int:
-        return self.engine.resident_tokens

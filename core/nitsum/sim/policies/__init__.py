@@ -1,6 +1,6 @@
 """What decides about a fleet. A policy is a planner and what it is told: all but `plain` use the production router and ledger."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nitsum.layout import Group, Layout
@@ -31,7 +31,6 @@ class Policy:
     interval_s: float = 1.0
     foresight_s: float = 0.0
     """Above 0: demand is not estimated but read from the traffic that comes in so many seconds."""
+    limits: Callable[[Group], EngineLimits] = stock
+    """The governor: how a group's engine sizes its batches, asked again at each new capacity."""
     note: str = ""
-
-    def limits(self, group: Group) -> EngineLimits:
-        return stock(group)

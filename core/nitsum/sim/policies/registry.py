@@ -1,7 +1,7 @@
 """Policies by the names that `--policy` takes."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nitsum.errors import InvalidSpec
@@ -10,11 +10,13 @@ from nitsum.perf import FlipCost, StepTimeModel
 from nitsum.planner import Planner, PlannerSettings
 from nitsum.planner.v0 import plan
 from nitsum.pool import AdaptationMode, Pool
-from nitsum.sim.policies import Policy, standing
+from nitsum.sim.policies import Policy, replicas, standing
 from nitsum.sim.policies.layouts import uniform
 from nitsum.topology import Node
 
 NAMES = ("plain-tpN", "static-tpN", "static-partition", "resplit-tpN", "replicas-tpN", "restart-tp", "nitsum", "oracle")
+SEARCHED = ("static-partition",)
+"""Made from the traffic they will see."""
 RESTART_S = 30.0
 FORESIGHT_S = 10.0
 
@@ -67,6 +69,13 @@ def _resplit(s: Setting, name: str, tp_size: int) -> Policy:
     return Policy(name, _fixed(s, tp_size, AdaptationMode.ACTIVE), s.flip_cost, (tp_size,), s.planner, first, s.settings)
 
 
+def _replicas(s: Setting, name: str, tp_size: int) -> Policy:
+    first = replicas.first(s.pool, s.nodes, tp_size, f"policy {name}")
+    planner = replicas.Replicas(s.pool, s.nodes, tp_size)
+    pool, note = _fixed(s, tp_size, AdaptationMode.ACTIVE), f"a replica of another tier takes {RESTART_S:g} s to start"
+    return Policy(name, pool, FixedPause(RESTART_S * 1e3), (tp_size,), planner, first, s.settings, note=note)
+
+
 def _nitsum(s: Setting, name: str) -> Policy:
     return Policy(name, replace(s.pool, mode=AdaptationMode.ACTIVE), s.flip_cost, s.tps, s.planner, None, s.settings)
 
@@ -95,7 +104,7 @@ def keeping(planner: Planner) -> Planner:
 
 
 SIMPLE: dict[str, Callable[[Setting, str], Policy]] = {"nitsum": _nitsum, "restart-tp": _restart, "oracle": _oracle}
-BY_TP: dict[str, Callable[[Setting, str, int], Policy]] = {"plain": _plain, "static": _static, "resplit": _resplit}
+BY_TP: dict[str, Callable[[Setting, str, int], Policy]] = {"plain": _plain, "static": _static, "resplit": _resplit, "replicas": _replicas}
 
 
 def expand(text: str, s: Setting) -> tuple[str, ...]:
@@ -121,3 +130,10 @@ def build(name: str, s: Setting) -> Policy:
     if int(match[2]) not in s.tps:
         raise InvalidSpec(f"policy {name}", f"TP {match[2]} is not legal here; legal are {', '.join(map(str, s.tps))}")
     return BY_TP[match[1]](s, name, int(match[2]))
+
+
+def check(names: tuple[str, ...], s: Setting) -> None:
+    """Raises InvalidSpec for the first that cannot be built; reads no traffic."""
+    for name in names:
+        if name not in SEARCHED:
+            build(name, s)

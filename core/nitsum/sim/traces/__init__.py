@@ -1,4 +1,4 @@
-"""Recorded traffic: pure parsers over lines. What is wrong in a file is counted over all of it, then raised; nothing is mended in silence."""
+"""Recorded traffic: pure parsers over lines. What is wrong in a file is counted over all of it, then raised; never mended in silence."""
 
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
@@ -47,7 +47,8 @@ class Problems:
     def check(self, rows: int) -> None:
         """Raises InvalidSpec with every count."""
         if self.seen:
-            text = "; ".join(f"{n} row(s) with {kind} (first: line {first})" for kind, (n, first) in sorted(self.seen.items()))
+            ordered = sorted(self.seen.items(), key=lambda x: (x[1][1], x[0]))
+            text = "; ".join(f"{n} row(s) with {kind} (first: line {first})" for kind, (n, first) in ordered)
             line = min(first for _, first in self.seen.values())
             raise InvalidSpec(f"{self.name}: line {line}", f"{text}. Times must not fall, lengths must be whole numbers of at least 0")
         if not rows:

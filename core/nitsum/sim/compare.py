@@ -1,0 +1,42 @@
+"""The same traffic under several policies, and the JSON that comes of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nitsum.sim.arrivals import Traffic
+from nitsum.sim.fleet import Fleet
+from nitsum.sim.metrics import policy_figures
+from nitsum.sim.policies import partition, registry
+from nitsum.sim.policies.registry import Setting
+from nitsum.sim.result import RunResult
+
+Progress = Callable[[str, float], None]
+"""(policy, simulated second)"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results by policy, in the order asked for."""
+
+    setting: Setting
+    traffic: Traffic
+    results: dict[str, RunResult]
+
+    def figures(self) -> dict[str, Any]:
+        """`policies.<name>`: the same bytes for the same seed."""
+        pool = self.setting.pool
+        return {name: policy_figures(pool, r, self.traffic.too_long) for name, r in self.results.items()}
+
+
+def run(names: tuple[str, ...], setting: Setting, traffic: Traffic, progress: Progress = lambda name, second: None) -> Comparison:
+    """Raises InvalidSpec for a policy that there is not, before anything runs."""
+    policies = [name if name == partition.NAME else registry.build(name, setting) for name in names]
+    results = {}
+    for name, policy in zip(names, policies, strict=True):
+        said = lambda second, name=name: progress(name, second)  # noqa: E731
+        if isinstance(policy, str):
+            results[name] = partition.best(setting, traffic, said)
+        else:
+            results[name] = Fleet(policy, setting.nodes, setting.model, traffic).run(said)
+    return Comparison(setting, traffic, results)

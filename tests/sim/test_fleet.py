@@ -1,0 +1,195 @@
+"""The whole: production router, ledger and planner around simulated engines. Nothing lost, nothing twice, whatever flips."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nitsum.layout import FlipMode, Layout
+from nitsum.perf.profile import load_shipped
+from nitsum.planner import NodePlan, Plan, Snapshot
+from nitsum.pool import Pool, Tier
+from nitsum.residency import Residency
+from nitsum.sim import arrivals, compare, hardware, metrics, workload
+from nitsum.sim.arrivals import Traffic
+from nitsum.sim.engine import EngineLimits
+from nitsum.sim.fleet import Fleet
+from nitsum.sim.policies import Policy, registry, standing
+from nitsum.sim.policies.layouts import Part, partition, uniform
+from nitsum.sim.policies.registry import FixedPause, Setting
+from nitsum.sim.request import Request
+from nitsum.sim.result import Ending, Outcome, RunResult
+
+from .h100 import PROFILE
+
+TIERS = (Tier("strict", 1000, 12, weight=2), Tier("loose", 3000, 60, default=True), Tier("batch"))
+
+
+def setting(gpus: int = 8, nodes: int = 1) -> Setting:
+    pool = Pool("default/p", "u", "llama-8b", TIERS, gpus)
+    return Setting(pool, hardware.fleet(f"{nodes}x8:h100_sxm", "llama-8b", PROFILE.tp_sizes), PROFILE, PROFILE)
+
+
+def traffic(rates: dict[str, float], duration: str = "30s", seed: int = 1, prompt: int = 1500, output: int = 150) -> Traffic:
+    lengths = {"arrivals": {"gamma": {"cv": 1.5}}, "prompt": {"mean": prompt, "cv": 0.8}, "output": {"mean": output, "cv": 0.8}}
+    streams = [{"tier": t, "synthetic": lengths, "rate": r} for t, r in rates.items()]
+    return arrivals.build(workload.parse({"duration": duration, "streams": streams}), lambda path: (), seed)
+
+
+class Restless:
+    """A planner that changes its mind at each of its first ten calls, in every mode: what a fleet must survive."""
+
+    def __init__(self, s: Setting, shapes: list[tuple[int, FlipMode]]) -> None:
+        self.s, self.shapes, self.calls = s, shapes, 0
+
+    def __call__(self, snapshot: Snapshot, now: float) -> Plan:
+        tp, mode = self.shapes[min(self.calls, 10) % len(self.shapes)]
+        self.calls += 1
+        layouts = uniform(self.s.pool, self.s.nodes, tp, "test")
+        served = standing.plan(replace(snapshot, nodes=tuple(replace(n, layout=layouts[n.node.agent_id]) for n in snapshot.nodes)), now)
+        return Plan(str(self.calls), tuple(replace(n, mode=mode) for n in served.nodes), ())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from(list(FlipMode))), min_size=2, max_size=5),
+    st.floats(0, 3000),
+    st.integers(0, 99),
+    st.sampled_from([0.3, 1.5]),
+    st.integers(1, 3),
+)
+def test_no_request_lost_or_finished_twice_whatever_flips(
+    shapes: list[tuple[int, FlipMode]], pause_ms: float, seed: int, interval_s: float, gateways: int
+) -> None:
+    s = setting(16, 2)
+    policy = Policy("restless", s.pool, FixedPause(pause_ms), s.tps, Restless(s, shapes), None, s.settings, interval_s)
+    t = traffic({"strict": 8, "loose": 8, "batch": 2}, "5s", seed)
+    result = Fleet(policy, s.nodes, PROFILE, t, gateways).run()  # asserts GPUs, budget, tokens and endings as it goes
+    assert len(result.outcomes) == len(t.requests)
+    assert all(o.ending is not Ending.FAILED for o in result.outcomes)
+    assert result.gpus_max <= 16
+    assert all(sum(n for _, _, n in at.gpus) <= 16 for at in result.layouts)
+
+
+def test_two_engines_on_one_gpu_are_caught() -> None:
+    s = setting()
+    layouts = uniform(s.pool, s.nodes, 8, "test")
+    fleet = Fleet(replace(registry.build("plain-tp1", s)), s.nodes, PROFILE, traffic({"loose": 1}, "1s"))
+    fleet._begin()
+    with pytest.raises(AssertionError, match="two engines awake"):
+        fleet._wake(fleet.nodes["node-00000"], layouts["node-00000"].groups[0])
+
+
+def test_a_budget_that_a_planner_exceeds_is_caught() -> None:
+    s = setting(gpus=4)
+    beyond = uniform(replace(s.pool, budget_gpus=8), s.nodes, 1, "test")
+    plan = lambda snapshot, now: Plan("x", tuple(NodePlan(a, Residency(), la) for a, la in beyond.items()), ())  # noqa: E731
+    policy = Policy("greedy", s.pool, FixedPause(0), (1,), plan)
+    with pytest.raises(AssertionError, match="the budget is 4"):
+        Fleet(policy, s.nodes, PROFILE, traffic({"loose": 1}, "1s")).run()
+
+
+def test_a_flip_costs_its_pause_and_the_prefill_unless_kv_is_kept() -> None:
+    s = setting()
+    r = Request(0, "loose", 0.9, 20_000, 1000, 1024)
+    t = Traffic(3.0, (r,), {}, ())
+
+    def end(mode: FlipMode, pause_ms: float) -> float:
+        def plan(snapshot: Snapshot, now: float) -> Plan:
+            layouts = uniform(s.pool, s.nodes, 8 if now < 2 else 4, "test")
+            return Plan("p", tuple(NodePlan(a, Residency(), la, mode) for a, la in layouts.items()), ())
+
+        result = Fleet(Policy("one", s.pool, FixedPause(pause_ms), s.tps, plan), s.nodes, PROFILE, t).run()
+        assert result.flips == 1
+        o = result.outcomes[0]
+        assert o.ending is Ending.FINISHED
+        assert o.tpot_ms is not None
+        return o.tpot_ms * 999
+
+    kept, recomputed = end(FlipMode.MIGRATE_FIRST, 200), end(FlipMode.ABORT, 200)
+    assert end(FlipMode.MIGRATE_FIRST, 1200) - kept == pytest.approx(1000, abs=1)
+    prefill = PROFILE.prefill_ms(4, 8192) + PROFILE.prefill_ms(4, 8192, 8192) + PROFILE.prefill_ms(4, 4000, 16384)
+    assert recomputed - kept == pytest.approx(prefill, rel=0.1)
+    assert end(FlipMode.LET_FINISH, 200) < kept  # it ends where it runs
+
+
+def test_plain_never_refuses_and_drowns_while_static_sheds() -> None:
+    s = setting()
+    t = traffic({"strict": 120, "loose": 120}, "20s", prompt=3000, output=300)
+    done = compare.run(("plain-tp1", "static-tp1"), s, t)
+    plain, static = (metrics.policy_figures(s.pool, done.results[n], {}) for n in ("plain-tp1", "static-tp1"))
+    assert plain["refused"] == 0
+    assert static["refused"] > 0
+    assert static["tiers"]["loose"]["ttft_ms"]["p50"] < plain["tiers"]["loose"]["ttft_ms"]["p50"] / 2
+
+
+def test_every_policy_runs_and_figures_are_the_same_bytes_for_the_same_seed() -> None:
+    s = setting()
+    t = traffic({"strict": 6, "loose": 10, "batch": 1}, "8s")
+    names = registry.expand("plain-tp2,static-tpN,static-partition,resplit-tp2,replicas-tp2,restart-tp,nitsum,oracle", s)
+    first = json.dumps(compare.run(names, s, t).figures())
+    assert json.dumps(compare.run(names, s, t).figures()) == first
+    figures = json.loads(first)
+    assert set(figures) == set(names)
+    for f in figures.values():
+        assert f["gpus_max"] <= 8
+        assert f["failed"] == 0
+        assert f["tiers"]["batch"]["attainment"] is None
+    assert {json.dumps(f["offered_rps"]) for f in figures.values()} == {json.dumps(figures["nitsum"]["offered_rps"])}
+
+
+def test_the_governor_keeps_tpot_where_stock_prefill_stalls_decode() -> None:
+    s = setting(gpus=1)
+    t = traffic({"strict": 2.0}, "40s", prompt=4000, output=150)
+    stock = registry.build("plain-tp1", s)
+    sized = replace(stock, limits=lambda group: EngineLimits(mixed_tokens=192))
+    worst = [
+        metrics.policy_figures(s.pool, Fleet(p, s.nodes, PROFILE, t).run(), {})["tiers"]["strict"]["tpot_ms"]["p99"] for p in (stock, sized)
+    ]
+    assert worst[1] < worst[0]
+
+
+def test_partitions_pack_widest_first_within_the_budget() -> None:
+    s = setting()
+    found = partition(s.pool, s.nodes, (Part(1, 4, ("loose",)), Part(4, 1, ("strict",))))
+    assert found is not None
+    groups = found["node-00000"].groups
+    assert sorted(g.tp_size for g in groups) == [1, 1, 1, 1, 4]
+    assert isinstance(found["node-00000"], Layout)
+    assert partition(s.pool, s.nodes, (Part(8, 1, ("loose",)), Part(1, 1, ("strict",)))) is None
+
+
+def outcome(tier: str, ttft: float | None, tpot: float | None, ending: Ending = Ending.FINISHED) -> Outcome:
+    return Outcome(tier, 0.0, ending, ttft, tpot)
+
+
+def test_figures_follow_the_definitions() -> None:
+    outcomes = (
+        outcome("strict", 1000, 12),  # met: targets are inclusive
+        outcome("strict", 900, None),  # one token: no TPOT to miss
+        outcome("strict", 1001, 5),
+        outcome("strict", 10, 12.1),
+        outcome("strict", None, None, Ending.REFUSED),
+        outcome("strict", 10, None, Ending.FAILED),
+        outcome("batch", 9e9, 9e9),
+    )
+    f = metrics.policy_figures(setting().pool, RunResult("x", 10.0, outcomes, (), 3, 8, 0, 12.0), {"loose": 4})
+    assert (f["goodput_rps"], f["attainment"], f["offered_rps"]) == (0.2, round(2 / 6, 6), 0.6)
+    assert (f["refused"], f["failed"], f["too_long"], f["flips"], f["gpus_max"]) == (1, 1, 4, 3, 8)
+    strict, loose, batch = (f["tiers"][t] for t in ("strict", "loose", "batch"))
+    assert strict["goodput_rps"] == 0.2
+    assert strict["ttft_ms"] == {"p50": 900, "p99": 1001}
+    assert strict["tpot_ms"] == {"p50": 12, "p99": 12.1}
+    assert (loose["goodput_rps"], loose["attainment"], loose["ttft_ms"]) == (None, None, {"p50": None, "p99": None})
+    assert (batch["goodput_rps"], batch["attainment"]) == (None, None)
+
+
+def test_the_shipped_profile_runs() -> None:
+    profile = load_shipped("tiny-llama.slot")
+    pool = Pool("default/t", "u", "tiny-llama", (Tier("interactive", 2000, 80), Tier("agents", 9000, 200)), 2)
+    s = Setting(pool, hardware.fleet("1x2:slot", "tiny-llama", profile.tp_sizes), profile, profile)
+    t = traffic({"interactive": 0.3, "agents": 0.5}, "60s", prompt=200, output=40)
+    f = compare.run(("nitsum", "plain-tp1"), s, t).figures()
+    assert f["nitsum"]["attainment"] > 0.5
