@@ -63,11 +63,11 @@ def place(slots: list[Slot], nodes: list[NodeView], running: Running, barred: fr
             return None
         mine = free[:n]
         used |= {g.uuid for _, b in mine for g in b}
-        placed += _labelled(pool, [s for s in slots if (s.pool, s.tp_size) == (pool, tp_size)], mine, running)
+        placed += labelled(pool, [s for s in slots if (s.pool, s.tp_size) == (pool, tp_size)], mine, running)
     return sorted(placed, key=lambda p: p.key)
 
 
-def _labelled(pool: str, slots: list[Slot], blocks: list[tuple[str, tuple[Gpu, ...]]], running: Running) -> list[Placed]:
+def labelled(pool: str, slots: list[Slot], blocks: list[tuple[str, tuple[Gpu, ...]]], running: Running) -> list[Placed]:
     """Which of the blocks serves which tiers: those that served them before go on."""
     left = {s.tiers: s.wanted for s in slots}
     now = {b: running.get((pool, b[0], tuple(g.uuid for g in b[1])), ()) for b in blocks}

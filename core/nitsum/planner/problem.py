@@ -48,6 +48,8 @@ class Kind:
     tiers: tuple[str, ...]
     rates: tuple[float, ...]
     binding: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    """Requests that may run at once, if of one tier alone."""
 
     def rate(self, tier: str) -> float:
         return self.rates[self.tiers.index(tier)] if tier in self.tiers else 0.0

@@ -1,11 +1,12 @@
 """From a Snapshot to the slow plane's Problem: demand with headroom, kinds of groups with their rates, classes of equal nodes."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
+from nitsum.attainment import Goal
 from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode
-from nitsum.objective import Targets, mixture
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.place import Running
 from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
@@ -14,7 +15,6 @@ from nitsum.pool import Pool, Tier
 
 PRIOR_RATE = 0.05
 """requests/s assumed of a tier nobody has asked for yet: enough to tell a layout that could serve it from one that could not."""
-PRIOR_PROMPT, PRIOR_OUTPUT = 256.0, 128.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class PoolQuestion:
     nodes: tuple[NodeView, ...]
     """Those that it may use."""
     running: Running
+    """Groups that fit what is asked now: model, checkpoint, TP, nodes, budget."""
+    had: Running
+    """All of its groups on nodes that may be planned."""
+    budget: int
+    """GPUs that it may hold here: less what lost nodes may hold and what it still has on nodes that it may not use."""
+    blocked: str = ""
+    """Why nothing can be planned at all."""
 
     @property
     def slo_tiers(self) -> tuple[Tier, ...]:
@@ -43,6 +50,11 @@ class PoolQuestion:
     def gpus(self) -> int:
         return sum(len(uuids) for _, _, uuids in self.running)
 
+    @property
+    def mark(self) -> str:
+        """Ends every engine id: an engine of another checkpoint is another engine, also under the same model name."""
+        return f"-{self.pool.checkpoint}" if self.pool.checkpoint else ""
+
 
 def headroom(demand: TierDemand, quantile: float) -> TierDemand:
     """The rate's `quantile`; a tier nobody asked for yet counts with a prior."""
@@ -50,70 +62,92 @@ def headroom(demand: TierDemand, quantile: float) -> TierDemand:
     return replace(demand, rate=max(demand.rate + z * min(demand.rate_stddev, demand.rate), PRIOR_RATE))
 
 
-def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
-    nodes = tuple(
-        n for n in sorted(snapshot.nodes, key=lambda n: n.node.agent_id) if n.schedulable and set(pool.node_selector) <= set(n.node.labels)
-    )
-    times = snapshot.step_times[pool.name]
-    legal = [set(n.node.legal_tp.get(pool.model, ())) for n in nodes]
-    widest = max((len(n.node.gpus) for n in nodes), default=0)
+def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, ...], widest: int) -> tuple[int, ...]:
+    """Legal on all nodes that know the model; one that does not know it yet has no say."""
+    legal = [set(n.node.legal_tp[pool.model]) for n in nodes if n.node.legal_tp.get(pool.model)]
     known = set.intersection(*legal) if legal else set()
-    tps = tuple(t for t in sorted(known) if t <= widest and t in times.tp_sizes and (not pool.allowed_tp or t in pool.allowed_tp))
-    seen = {d.tier: d for d in snapshot.demand if d.pool == pool.name}
-    quantile = snapshot.settings.headroom_quantile
-    demand = {t.name: headroom(seen.get(t.name, TierDemand(pool.name, t.name, 0.0)), quantile) for t in pool.tiers}
-    running = {
+    return tuple(t for t in sorted(known) if t <= widest and t in allowed_by_profile and (not pool.allowed_tp or t in pool.allowed_tp))
+
+
+def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], budget: int) -> Running:
+    """Groups that may go on. Where they are more than the budget, those with the most KV."""
+    found = []
+    for n in nodes:
+        here = {g.uuid for g in n.node.gpus}
+        for g in n.layout.groups:
+            same = g.pool == pool.name and g.model == pool.model and g.engine_id.endswith(mark)
+            if same and g.tp_size in tps and here.issuperset(g.gpu_uuids):
+                key = pool.name, n.node.agent_id, g.gpu_uuids
+                found.append((-n.resident_tokens.get(g.group_id, 0), key, tuple(s.tier for s in g.shares)))
+    fits: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {}
+    left = budget
+    for _, key, tiers in sorted(found):
+        if len(key[2]) <= left:
+            fits[key] = tiers
+            left -= len(key[2])
+    return dict(sorted(fits.items()))
+
+
+def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
+    ordered = sorted((n for n in snapshot.nodes if n.schedulable), key=lambda n: n.node.agent_id)
+    inside = [n for n in ordered if set(pool.node_selector) <= set(n.node.labels)]
+    agents = {n.node.agent_id for n in inside}
+    had: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {
         (pool.name, n.node.agent_id, g.gpu_uuids): tuple(s.tier for s in g.shares)
-        for n in snapshot.nodes
+        for n in ordered
         for g in n.layout.groups
         if g.pool == pool.name
     }
-    return PoolQuestion(pool, demand, tps, nodes, running)
+    away = {u for n in snapshot.nodes if n.node.agent_id not in agents for g in n.layout.groups if g.pool == pool.name for u in g.gpu_uuids}
+    budget = max(pool.budget_gpus - len(away | set(snapshot.holds.get(pool.name, ()))), 0)
+    runs_here = {a for _, a, _ in had}
+    nodes = [n for n in inside if n.node.legal_tp.get(pool.model) or n.node.agent_id in runs_here]
+    times = snapshot.step_times[pool.name]
+    tps = _degrees(pool, nodes, times.tp_sizes, min(max((len(n.node.gpus) for n in nodes), default=0), budget))
+    blocked = ""
+    if not inside or not budget:
+        blocked = "no GPU within budget and selector"
+    elif not tps:
+        blocked = f"no legal TP among {list(pool.allowed_tp) or 'any'}"
+    if inside:  # where no node fits at all, what runs stays; else it makes room in the budget for the nodes that do
+        had = {key: tiers for key, tiers in had.items() if key[1] in agents}
+    seen = {d.tier: d for d in snapshot.demand if d.pool == pool.name}
+    quantile = snapshot.settings.headroom_quantile
+    demand = {t.name: headroom(seen.get(t.name, TierDemand(pool.name, t.name, 0.0)), quantile) for t in pool.tiers}
+    mark = f"-{pool.checkpoint}" if pool.checkpoint else ""
+    running = had if blocked else _fits(pool, mark, nodes, tps, budget)
+    return PoolQuestion(pool, demand, tps, tuple(nodes), running, had, budget, blocked)
 
 
-def targets_of(tiers: tuple[Tier, ...]) -> Targets:
-    return Targets(
+def goal_of(tiers: tuple[Tier, ...]) -> Goal:
+    """The strictest of each."""
+    return Goal(
         min((t.ttft_ms for t in tiers if t.ttft_ms is not None), default=None),
         min((t.tpot_ms for t in tiers if t.tpot_ms is not None), default=None),
+        max(t.target for t in tiers),
     )
 
 
-def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity) -> tuple[Kind, ...]:
+def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
     """Every run of neighbours in strictness, at every TP. A pool without SLOs has one kind per TP for its background tiers."""
     pool, tiers = question.pool, question.slo_tiers
     model = snapshot.step_times[pool.name]
-    name = str(getattr(model, "name", id(model)))
     found = []
-    for tp_size in question.tps:
+    for tp_size in question.tps if tps is None else tps:
         for first in range(len(tiers)):
             for last in range(first + 1, len(tiers) + 1):
                 members = tiers[first:last]
-                targets = targets_of(members)
-                rates, binding = [], []
-                for t in members:
-                    d = question.demand[t.name]
-                    prompt, output = d.prompt_tokens_mean or PRIOR_PROMPT, d.output_tokens_mean or PRIOR_OUTPUT
-                    rate, limit, _ = capacity.of(model, name, tp_size, prompt, output, targets, question.tps)
-                    rates.append(rate)
-                    binding.append(limit)
-                found.append(Kind(pool.name, tp_size, tuple(t.name for t in members), tuple(rates), tuple(binding)))
+                goal = goal_of(members)
+                safe = tuple(capacity.of(model, tp_size, question.demand[t.name], goal, question.tps) for t in members)
+                names = tuple(t.name for t in members)
+                found.append(
+                    Kind(
+                        pool.name, tp_size, names, tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
+                    )
+                )
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
     return tuple(found)
-
-
-def batch_of(
-    question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tp_size: int, tiers: tuple[str, ...]
-) -> tuple[int, float, float]:
-    """(requests that may run at once, safe requests/s, mean prompt) of a group that serves a mix of these tiers."""
-    members = tuple(t for t in question.slo_tiers if t.name in tiers)
-    model = snapshot.step_times[question.pool.name]
-    if not members:
-        return 0, 0.0, 0.0
-    load = mixture(tuple(question.demand[t.name] for t in members))
-    name = str(getattr(model, "name", id(model)))
-    rate, _, batch = capacity.of(model, name, tp_size, load.prompt, load.output, targets_of(members), question.tps)
-    return batch, rate, load.prompt
 
 
 def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list[Class], list[list[NodeView]]]:
@@ -132,24 +166,27 @@ def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list
     return [Class(len(m), mark[2], mark[0], dict(mark[1])) for mark, m in zip(marks, members, strict=True)], members  # type: ignore[index]
 
 
-def running_counts(
-    problem_kinds: tuple[Kind, ...], members: list[list[NodeView]], running: Running
-) -> tuple[Counts, dict[tuple[int, str, int], int]]:
-    """What runs, as counts of the kinds whose tiers are nearest, and by (class, pool, TP)."""
+def nearest(problem_kinds: tuple[Kind, ...], pool: str, tp_size: int, tiers: Collection[str]) -> int | None:
+    """The kind whose tiers are most like these."""
+    asked = set(tiers)
+    same = [i for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
+    return max(
+        same, key=lambda i: (len(asked & set(problem_kinds[i].tiers)) - 0.5 * len(set(problem_kinds[i].tiers) - asked), -i), default=None
+    )
+
+
+def counts_of(problem_kinds: tuple[Kind, ...], members: list[list[NodeView]], running: Running) -> Counts:
+    """Groups as counts of the kinds whose tiers are nearest."""
     at = {n.node.agent_id: c for c, nodes in enumerate(members) for n in nodes}
+    known: dict[tuple[str, int, tuple[str, ...]], int | None] = {}
     counts: Counts = {}
-    runs: dict[tuple[int, str, int], int] = {}
     for (pool, agent_id, uuids), tiers in running.items():
-        same = [i for i, k in enumerate(problem_kinds) if (k.pool, k.tp_size) == (pool, len(uuids))]
-        if agent_id not in at or not same:
-            continue
-        c = at[agent_id]
-        runs[c, pool, len(uuids)] = runs.get((c, pool, len(uuids)), 0) + 1
-        nearest = max(
-            same, key=lambda i: (len(set(problem_kinds[i].tiers) & set(tiers)) - 0.5 * len(set(problem_kinds[i].tiers) - set(tiers)), -i)
-        )
-        counts[c, nearest] = counts.get((c, nearest), 0) + 1
-    return counts, runs
+        mark = pool, len(uuids), tiers
+        if mark not in known:
+            known[mark] = nearest(problem_kinds, *mark)
+        if (k := known[mark]) is not None and agent_id in at:
+            counts[at[agent_id], k] = counts.get((at[agent_id], k), 0) + 1
+    return counts
 
 
 def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float) -> float:
@@ -176,6 +213,10 @@ def problem(
     all_kinds = tuple(k for q in questions for k in kinds(q, snapshot, capacity))
     found, members = classes(questions, barred)
     running: Running = {key: tiers for q in questions for key, tiers in q.running.items()}
-    counts, runs = running_counts(all_kinds, members, running)
-    budgets = {q.pool.name: max(q.pool.budget_gpus - len(set(snapshot.holds.get(q.pool.name, ()))), 0) for q in questions}
+    counts = counts_of(all_kinds, members, running)
+    runs: dict[tuple[int, str, int], int] = {}
+    for (c, k), n in counts.items():
+        key = c, all_kinds[k].pool, all_kinds[k].tp_size
+        runs[key] = runs.get(key, 0) + n
+    budgets = {q.pool.name: q.budget for q in questions}
     return Problem(tuple(w for q in questions for w in wants(q)), all_kinds, tuple(found), budgets, runs), members, counts

@@ -1,0 +1,266 @@
+"""How large a share of a tier's requests meets TTFT and TPOT on one group at a rate, and the rate up to which the target share does.
+
+Means do not tell: a request whose TTFT is met on average is missed half of the time. What is modelled (stock SGLang;
+`tests/golden/test_capacity.py` compares it with the simulated engine over a grid):
+
+- Prefill goes before decode. What arrived during a step is prefilled in one step next, so short prompts share a step's fixed part: the
+  share of prefill steps is a fixed point. A TTFT is what is left of a step + work ahead and in the same batch (exponential tail, scaled by
+  the variance of prompts and of arrivals) + the request's own prefill.
+- A TPOT is a mean over the request's tokens, so it concentrates: its spread comes from the prefills that fall into its life and from how
+  many others run beside it, both larger for short outputs and for bursts.
+- With the governor (`mixed_tokens`) decode never stops: each step carries at most so many prefill tokens.
+
+Lengths are lognormal by mean and 90th percentile, read at a few quantiles. TTFT and TPOT count as independent.
+"""
+
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+from nitsum.perf import StepTimeModel
+
+CHUNK = 8192
+"""New tokens of a prefill step of stock SGLang."""
+QUANTILES = ((0.25, 0.5), (0.65, 0.3), (0.875, 0.15), (0.97, 0.04), (0.995, 0.01))
+"""(quantile at which a length is read, share of the requests that it stands for)."""
+LIVES = 0.75
+"""Variance of the batch as one request sees it over its life, relative to the variance at an instant."""
+BURST = 0.5
+"""Of the others in a request's own burst: how many are prefilled after it, not with it."""
+Z90 = NormalDist().inv_cdf(0.9)
+ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
+BUSY_MAX = 0.97
+
+
+@dataclass(frozen=True)
+class Lengths:
+    mean: float
+    p90: float = 0.0
+
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """(tokens, share of requests). p90 0 or below the mean: all are equal."""
+        ratio = min(self.p90 / self.mean, math.exp(Z90**2 / 2 - 1e-3)) if self.mean > 0 else 1.0
+        if ratio <= 1:
+            return ((max(self.mean, 1.0), 1.0),)
+        sigma = Z90 - math.sqrt(max(Z90**2 - 2 * math.log(ratio), 0.0))
+        drawn = [(math.exp(sigma * z - sigma**2 / 2), w) for z, w in ZS]
+        scale = self.mean / sum(x * w for x, w in drawn)  # a few points have not the mean of the whole
+        return tuple((max(x * scale, 1.0), w) for x, w in drawn)
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """`dispersion`: variance of counts over their mean; 1: Poisson."""
+
+    rate: float
+    prompt: Lengths
+    output: Lengths
+    dispersion: float = 1.0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`share` of the requests must meet both. None: no such target."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    share: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a group stands at a rate. `batch`: requests that decode at once, on average; `batch_stddev` over time."""
+
+    ttft_share: float
+    tpot_share: float
+    batch: float
+    batch_stddev: float
+    busy: float
+    """Share of the time that prefill takes."""
+    limit: str = ""
+    """KV or prefill, where the group cannot follow at all."""
+
+    @property
+    def share(self) -> float:
+        return 0.0 if self.limit else self.ttft_share * self.tpot_share
+
+
+def _phi(z: float) -> float:
+    return 0.5 * (1 + math.erf(z / math.sqrt(2)))
+
+
+def _seen(busy: float, rush: float) -> float:
+    """Share of arrivals that find work before them: more than the share of time if they come in bursts (GI/M/1, gamma gaps)."""
+    seen = busy
+    if rush > 1 and 0 < busy < 1:
+        for _ in range(20):
+            seen = (1 + (1 - seen) * rush / busy) ** (-1 / rush)
+    return seen
+
+
+@dataclass
+class Group:
+    """One engine as its step times tell. Keeps what does not depend on the rate."""
+
+    model: StepTimeModel
+    tp_size: int
+    prompt: Lengths
+    output: Lengths
+    dispersion: float = 1.0
+    mixed_tokens: int | None = None
+    resident_tp: tuple[int, ...] = ()
+    _decode: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompts, self.outputs = self.prompt.points(), self.output.points()
+        mean = self.prompt.mean
+        self.ctx = max(int(mean + self.output.mean / 2), 1)
+        one, two = self._prefill(mean), self._prefill(2 * mean)
+        self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
+        """Of a prefill step, whatever it carries."""
+        self.own = [(self._prefill(p), w) for p, w in self.prompts]
+        self.work = max(sum(s * w for s, w in self.own) - self.fixed, 1e-6)
+        self.work2 = sum(max(s - self.fixed, 0.0) ** 2 * w for s, w in self.own)
+        kv = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
+        self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
+        self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
+
+    def _prefill(self, tokens: float) -> float:
+        if tokens <= CHUNK:
+            return self.model.prefill_ms(self.tp_size, max(int(tokens), 1))
+        whole = int(tokens // CHUNK)
+        took = sum(self.model.prefill_ms(self.tp_size, CHUNK, i * CHUNK) for i in range(whole))
+        return took + (self.model.prefill_ms(self.tp_size, rest, whole * CHUNK) if (rest := int(tokens) - whole * CHUNK) > 0 else 0.0)
+
+    def decode(self, batch: float) -> float:
+        """Linear between whole batches."""
+        low = max(int(batch), 1)
+        if low not in self._decode:
+            self._decode[low] = self.model.decode_ms(self.tp_size, low, self.ctx)
+        if batch <= low:
+            return self._decode[low]
+        if low + 1 not in self._decode:
+            self._decode[low + 1] = self.model.decode_ms(self.tp_size, low + 1, self.ctx)
+        return self._decode[low] + (batch - low) * (self._decode[low + 1] - self._decode[low])
+
+    def _steps(self, rate: float, decode: float) -> tuple[float, float]:
+        """Per ms: (prefill steps, decode steps). What arrives in a step (Poisson) is prefilled in one step after it."""
+        low, high = 0.0, rate
+        after = 1 - math.exp(-rate * decode)
+        for _ in range(24):
+            steps = (low + high) / 2
+            free = max(1 - rate * self.work - steps * self.fixed, 0.0) / decode
+            lasting = self.fixed + self.work * rate / steps
+            if steps < free * after * math.exp(min(rate * lasting, 50.0)):
+                low = steps
+            else:
+                high = steps
+        return high, max(1 - rate * self.work - high * self.fixed, 0.0) / decode
+
+    def at(self, rate: float, goal: Goal) -> Point:
+        """`rate` in requests/s."""
+        r = rate / 1e3
+        if r * self.work >= BUSY_MAX:
+            return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
+        if not self.kv_fits or self.kv_batch < 1:
+            return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
+        batch, tpot, busy = 1.0, 0.0, 0.0
+        for _ in range(40):  # monotone fixed point from below
+            decode = self.decode(batch)
+            prefills, steps = self._steps(r, decode)
+            if steps <= 0:
+                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
+            tpot, busy = 1 / steps, r * self.work + prefills * self.fixed
+            grown = max(r * self.output.mean * tpot, 1e-3)
+            if grown > self.kv_batch:
+                return Point(0.0, 0.0, self.kv_batch, 0.0, busy, "KV")
+            if grown <= batch * 1.002 + 0.01:
+                batch = max(grown, batch)
+                break
+            batch = grown
+        rush = max(self.dispersion, 1.0)
+        slope = self.decode(batch + 1) - self.decode(batch)
+        feedback = min(r * self.output.mean * slope / max(1 - busy, 0.03), 0.9)
+        spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
+        if batch + 1.64 * spread > self.kv_batch:
+            return Point(0.0, 0.0, batch, spread, busy, "KV")
+        fixed = prefills / r * self.fixed if r > 0 else self.fixed
+        return Point(
+            self._ttft(r, goal.ttft_ms, decode, busy, rush),
+            self._tpot(r, goal.tpot_ms, tpot, batch, spread, fixed, busy, rush),
+            batch,
+            spread,
+            busy,
+        )
+
+    def _ttft(self, r: float, target: float | None, decode: float, busy: float, rush: float) -> float:
+        if target is None:
+            return 1.0
+        cs2 = self.work2 / self.work**2 - 1
+        tail = self.work * (rush + max(cs2, 0.0)) / (2 * (1 - r * self.work)) * (1 + busy) + self.fixed / 2
+        seen = _seen(busy, rush)
+        share = 0.0
+        for own, weight in self.own:
+            room = target - own
+            # An idle engine starts at once; one that decodes ends its step first, uniformly; else work is ahead.
+            idle = max(min(room / decode, 1.0), 0.0) if room > 0 else 0.0
+            behind = 1 - math.exp(-(room - decode / 2) / tail) if room > decode / 2 else 0.0
+            share += weight * ((1 - seen) * idle + seen * behind)
+        return share
+
+    def _tpot(
+        self, r: float, target: float | None, tpot: float, batch: float, spread: float, fixed: float, busy: float, rush: float
+    ) -> float:
+        if target is None:
+            return 1.0
+        wide = (self.decode(batch + spread * math.sqrt(LIVES)) - self.decode(batch)) / max(1 - busy, 0.03)
+        stall2 = self.work2 + 2 * self.work * fixed + fixed**2
+        share = 0.0
+        for tokens, weight in self.outputs:
+            steps = max(tokens - 1, 1.0)
+            life = steps * tpot
+            # A stall lasts while more arrive: as the busy period of a queue, hence the power.
+            stalls = math.sqrt(r * life * stall2 * rush) / max(1 - busy, 0.03) / steps
+            burst = BURST * (rush - 1) / 2 * (self.work + fixed) / max(1 - busy, 0.03) / steps
+            share += weight * _phi((target - tpot - burst) / max(math.hypot(wide, stalls), 1e-6))
+        return share
+
+
+@dataclass(frozen=True)
+class Safe:
+    """`rate` requests/s; `binding` names what breaks just above it; `batch`: how many may run at once."""
+
+    rate: float
+    binding: str
+    batch: int
+
+
+def binding_of(p: Point) -> str:
+    return p.limit or ("TPOT" if p.tpot_share < p.ttft_share else "TTFT")
+
+
+def safe(group: Group, goal: Goal) -> Safe:
+    """The largest rate at which the goal's share is met, within 1 %. Rate 0 where even a lone request misses a target."""
+
+    def misses(rate: float) -> Point | None:
+        p = group.at(rate, goal)
+        return p if p.share < goal.share else None
+
+    if (lone := misses(1e-3)) is not None:
+        return Safe(0.0, binding_of(lone), 0)
+    high = 0.25 / group.work * 1e3
+    low, broken = 0.0, misses(high)
+    while broken is None:
+        low, high = high, high * 2
+        broken = misses(high)
+    for _ in range(20):
+        if high - low <= 0.01 * high:
+            break
+        middle = (low + high) / 2
+        if (p := misses(middle)) is not None:
+            high, broken = middle, p
+        else:
+            low = middle
+    p = group.at(low, goal)
+    batch = max(math.ceil(p.batch + 2 * p.batch_stddev), 1)
+    return Safe(low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))

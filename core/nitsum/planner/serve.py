@@ -1,0 +1,73 @@
+"""Which of a pool's groups serve which tiers, given their widths: what can change each second, since nothing restarts.
+
+Groups of one TP are alike, so what is sought are counts of kinds again, by the slow plane's greedy search with every width fixed. A looser
+tier shares a stricter one's groups (borrows) only as a kind of both, whose rates hold the strictest targets of the two. What serves now
+stays unless another labelling earns more by `gain_min`: labels must not tremble with demand.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from nitsum.planner import greedy
+from nitsum.planner.place import Placed, Running, Slot, labelled
+from nitsum.planner.problem import Answer, Class, Counts, Kind, Problem, value
+from nitsum.planner.question import PoolQuestion, nearest, wants
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Labels of a pool's groups, and the flows of each tier through them. `kinds`: by TP and tiers."""
+
+    placed: tuple[Placed, ...]
+    asked: Problem
+    answer: Answer
+
+    def kind(self, tp_size: int, tiers: tuple[str, ...]) -> int | None:
+        return next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
+
+
+def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
+    """For groups that no demand needs: as many tiers as one group can hold the targets of, loosest first."""
+    able = [i for i, k in enumerate(kinds) if k.tp_size == tp_size and k.rates and min(k.rates) > 0]
+    some = able or [i for i, k in enumerate(kinds) if k.tp_size == tp_size]
+    return max(some, key=lambda i: (len(kinds[i].tiers), i), default=None)
+
+
+def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float) -> Serving:
+    """`placed`: the pool's groups with the tiers they serve now (or shall, for those that are new)."""
+    name, widths = q.pool.name, Counter(len(p.gpus) for p in placed)
+    tps = sorted(widths)
+    mine = tuple(k for k in kinds if k.pool == name and k.tp_size in widths)
+    classes = tuple(Class(widths[tp], tp, frozenset({name}), {tp: 1}) for tp in tps)
+    asked = Problem(tuple(wants(q)), mine, classes, {name: sum(tp * n for tp, n in widths.items())})
+    if not q.slo_tiers or not mine:
+        return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
+    now: Counts = {}
+    for (tp_size, tiers), n in Counter((len(p.gpus), p.tiers) for p in placed).items():
+        if (k := nearest(mine, name, tp_size, tiers)) is not None:
+            key = tps.index(tp_size), k
+            now[key] = now.get(key, 0) + n
+    best, stays = greedy.solve(asked), value(asked, now, "as it serves")
+    chosen = best if best.score > stays.score * (1 + gain_min) + 1e-12 else stays
+    counts = dict(chosen.counts)
+    for c, tp_size in enumerate(tps):
+        idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)
+        if idle and (k := _whole(mine, tp_size)) is not None:
+            counts[c, k] = counts.get((c, k), 0) + idle
+    answer = value(asked, counts, chosen.by) if counts != chosen.counts else chosen
+    running: Running = {p.key: p.tiers for p in placed}
+    found: list[Placed] = []
+    for c, tp_size in enumerate(tps):
+        slots = [Slot(name, tp_size, mine[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c]
+        blocks = [(p.agent_id, p.gpus) for p in placed if len(p.gpus) == tp_size]
+        found += labelled(name, slots, blocks, running)
+    return Serving(tuple(sorted(found, key=lambda p: p.key)), asked, answer)
+
+
+def as_kinds(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float) -> Running:
+    """What runs, with the labels that it would get."""
+    return {p.key: p.tiers for p in serve(q, kinds, placed, gain_min).placed}
+
+
+def relabelled(placed: list[Placed], labels: Running) -> list[Placed]:
+    return [replace(p, tiers=labels.get(p.key, p.tiers)) for p in placed]
