@@ -27,6 +27,8 @@ LIVES = 0.75
 """Variance of the batch as one request sees it over its life, relative to the variance at an instant."""
 BURST = 0.5
 """Of the others in a request's own burst: how many are prefilled after it, not with it."""
+SPREAD, CONVEX = 1.35, 0.8
+"""Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
 BUSY_MAX = 0.97
@@ -69,7 +71,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Point:
-    """Where a group stands at a rate. `batch`: requests that decode at once, on average; `batch_stddev` over time."""
+    """Where a group stands at a rate. `batch`: requests that decode at an instant, on average; `batch_stddev` over time."""
 
     ttft_share: float
     tpot_share: float
@@ -87,6 +89,14 @@ class Point:
 
 def _phi(z: float) -> float:
     return 0.5 * (1 + math.erf(z / math.sqrt(2)))
+
+
+def _lognormal(x: float, mean: float, stddev: float) -> float:
+    """Share below x. Stalls only add: what is above the mean reaches further than what is below."""
+    sigma2 = math.log1p((stddev / mean) ** 2)
+    if sigma2 < 1e-12:
+        return float(mean <= x)
+    return _phi((math.log(x / mean) + sigma2 / 2) / math.sqrt(sigma2))
 
 
 def _seen(busy: float, rush: float) -> float:
@@ -164,14 +174,14 @@ class Group:
             return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
         if not self.kv_fits or self.kv_batch < 1:
             return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
-        batch, tpot, busy = 1.0, 0.0, 0.0
+        batch, tpot, busy = 0.0, 0.0, 0.0
         for _ in range(40):  # monotone fixed point from below
-            decode = self.decode(batch)
+            decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
             prefills, steps = self._steps(r, decode)
             if steps <= 0:
                 return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
             tpot, busy = 1 / steps, r * self.work + prefills * self.fixed
-            grown = max(r * self.output.mean * tpot, 1e-3)
+            grown = r * self.output.mean * tpot
             if grown > self.kv_batch:
                 return Point(0.0, 0.0, self.kv_batch, 0.0, busy, "KV")
             if grown <= batch * 1.002 + 0.01:
@@ -179,7 +189,7 @@ class Group:
                 break
             batch = grown
         rush = max(self.dispersion, 1.0)
-        slope = self.decode(batch + 1) - self.decode(batch)
+        slope = self.decode(batch + 2) - self.decode(batch + 1)
         feedback = min(r * self.output.mean * slope / max(1 - busy, 0.03), 0.9)
         spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
         if batch + 1.64 * spread > self.kv_batch:
@@ -213,16 +223,18 @@ class Group:
     ) -> float:
         if target is None:
             return 1.0
-        wide = (self.decode(batch + spread * math.sqrt(LIVES)) - self.decode(batch)) / max(1 - busy, 0.03)
+        wide = (self.decode(1 + batch + spread * math.sqrt(LIVES)) - self.decode(1 + batch)) / max(1 - busy, 0.03)
         stall2 = self.work2 + 2 * self.work * fixed + fixed**2
         share = 0.0
         for tokens, weight in self.outputs:
             steps = max(tokens - 1, 1.0)
             life = steps * tpot
-            # A stall lasts while more arrive: as the busy period of a queue, hence the power.
+            # A stall lasts while more arrive: as the busy period of a queue, hence the division.
             stalls = math.sqrt(r * life * stall2 * rush) / max(1 - busy, 0.03) / steps
             burst = BURST * (rush - 1) / 2 * (self.work + fixed) / max(1 - busy, 0.03) / steps
-            share += weight * _phi((target - tpot - burst) / max(math.hypot(wide, stalls), 1e-6))
+            spread_ms = SPREAD * math.hypot(wide, stalls)
+            mean = tpot + burst + CONVEX * spread_ms**2 / tpot
+            share += weight * _lognormal(target, mean, spread_ms)
         return share
 
 
@@ -262,5 +274,5 @@ def safe(group: Group, goal: Goal) -> Safe:
         else:
             low = middle
     p = group.at(low, goal)
-    batch = max(math.ceil(p.batch + 2 * p.batch_stddev), 1)
+    batch = math.ceil(1 + p.batch + 2 * p.batch_stddev)
     return Safe(low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))

@@ -59,7 +59,8 @@ def _affordable(d: Decided, snapshot: Snapshot) -> tuple[Placed, ...]:
     return tuple(found)
 
 
-def compose(decided: list[Decided], snapshot: Snapshot) -> Plan:
+def compose(decided: list[Decided], snapshot: Snapshot, resident: bool = True) -> Plan:
+    """`resident` False: which engines are warm stays as it is."""
     names = {p.name for p in snapshot.pools}
     decided = [replace(d, placed=_affordable(d, snapshot)) for d in decided]
     by_node: dict[str, list[tuple[Decided, Placed]]] = {n.node.agent_id: [] for n in snapshot.nodes}
@@ -82,7 +83,13 @@ def compose(decided: list[Decided], snapshot: Snapshot) -> Plan:
             nodes.append(NodePlan(agent_id, n.residency, Layout(kept)))
             continue
         groups = [_group(d, p, n, snapshot, limits) for d, p in by_node[agent_id]]
-        nodes.append(NodePlan(agent_id, _residency(by_node[agent_id], n, groups), Layout(tuple(sorted(groups, key=lambda g: g.group_id)))))
+        nodes.append(
+            NodePlan(
+                agent_id,
+                _residency(by_node[agent_id], n, groups) if resident else n.residency,
+                Layout(tuple(sorted(groups, key=lambda g: g.group_id))),
+            )
+        )
     digest = hashlib.sha256(repr([(n.agent_id, n.residency, n.layout) for n in nodes]).encode()).hexdigest()
     return Plan(digest[:12], tuple(nodes), tuple(d.plan for d in decided))
 
@@ -111,7 +118,7 @@ def _group(
     shares, limits = known[key]
     name = engine_id(d.q, p.gpus[0].index, len(uuids))
     if runs is not None:
-        return replace(runs, shares=shares, capacity=limits)
+        return runs if (runs.shares, runs.capacity) == (shares, limits) else replace(runs, shares=shares, capacity=limits)
     return Group(name, name, p.pool, d.q.pool.model, len(uuids), uuids, shares=shares, capacity=limits)
 
 

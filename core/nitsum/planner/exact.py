@@ -57,8 +57,8 @@ def _run(
         kinds = [highspy.HighsVarType.kInteger] * integers + [highspy.HighsVarType.kContinuous] * (len(cost) - integers)
         lp.integrality_ = kinds
     solver = highspy.Highs()
-    solver.silent()
     for option, value in {
+        "output_flag": False,
         "threads": 1,
         "mip_max_nodes": nodes_max,
         "mip_rel_gap": GAP,

@@ -7,7 +7,7 @@ from statistics import NormalDist
 from nitsum.attainment import Goal
 from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode
-from nitsum.planner.capacity import Capacity
+from nitsum.planner.capacity import Capacity, mark
 from nitsum.planner.place import Running
 from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
 from nitsum.planner.types import NodeView, Snapshot
@@ -15,6 +15,8 @@ from nitsum.pool import Pool, Tier
 
 PRIOR_RATE = 0.05
 """requests/s assumed of a tier nobody has asked for yet: enough to tell a layout that could serve it from one that could not."""
+MIXED_MAX = 3
+"""Neighbouring tiers that may share groups, unless all do: more sorts of groups cost time and gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +131,24 @@ def goal_of(tiers: tuple[Tier, ...]) -> Goal:
 
 
 def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
-    """Every run of neighbours in strictness, at every TP. A pool without SLOs has one kind per TP for its background tiers."""
+    """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers."""
     pool, tiers = question.pool, question.slo_tiers
     model = snapshot.step_times[pool.name]
+    marks = {t.name: mark(question.demand[t.name]) for t in tiers}
+    runs = [
+        tiers[first:last]
+        for first in range(len(tiers))
+        for last in range(first + 1, len(tiers) + 1)
+        if last - first <= MIXED_MAX or last - first == len(tiers)
+    ]
+    asked = [(tuple(t.name for t in members), goal_of(members)) for members in runs]
     found = []
     for tp_size in question.tps if tps is None else tps:
-        for first in range(len(tiers)):
-            for last in range(first + 1, len(tiers) + 1):
-                members = tiers[first:last]
-                goal = goal_of(members)
-                safe = tuple(capacity.of(model, tp_size, question.demand[t.name], goal, question.tps) for t in members)
-                names = tuple(t.name for t in members)
-                found.append(
-                    Kind(
-                        pool.name, tp_size, names, tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
-                    )
-                )
+        for names, goal in asked:
+            safe = [capacity.of(model, tp_size, marks[t], goal, question.tps) for t in names]
+            found.append(
+                Kind(pool.name, tp_size, names, tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe))
+            )
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
     return tuple(found)
