@@ -155,9 +155,11 @@ class Group:
 
     def _steps(self, rate: float, decode: float) -> tuple[float, float]:
         """Per ms: (prefill steps, decode steps). What arrives in a step (Poisson) is prefilled in one step after it."""
+        if not self.fixed:
+            return rate, max(1 - rate * self.work, 0.0) / decode
         low, high = 0.0, rate
         after = 1 - math.exp(-rate * decode)
-        for _ in range(24):
+        for _ in range(12):
             steps = (low + high) / 2
             free = max(1 - rate * self.work - steps * self.fixed, 0.0) / decode
             lasting = self.fixed + self.work * rate / steps
@@ -167,14 +169,14 @@ class Group:
                 high = steps
         return high, max(1 - rate * self.work - high * self.fixed, 0.0) / decode
 
-    def at(self, rate: float, goal: Goal) -> Point:
-        """`rate` in requests/s."""
+    def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
+        """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
         r = rate / 1e3
         if r * self.work >= BUSY_MAX:
             return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
         if not self.kv_fits or self.kv_batch < 1:
             return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
-        batch, tpot, busy = 0.0, 0.0, 0.0
+        batch, tpot, busy = start, 0.0, 0.0
         for _ in range(40):  # monotone fixed point from below
             decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
             prefills, steps = self._steps(r, decode)
@@ -184,7 +186,7 @@ class Group:
             grown = r * self.output.mean * tpot
             if grown > self.kv_batch:
                 return Point(0.0, 0.0, self.kv_batch, 0.0, busy, "KV")
-            if grown <= batch * 1.002 + 0.01:
+            if grown <= batch * 1.005 + 0.02:
                 batch = max(grown, batch)
                 break
             batch = grown
@@ -254,9 +256,15 @@ def binding_of(p: Point) -> str:
 def safe(group: Group, goal: Goal) -> Safe:
     """The largest rate at which the goal's share is met, within 1 %. Rate 0 where even a lone request misses a target."""
 
+    start = 0.0
+
     def misses(rate: float) -> Point | None:
-        p = group.at(rate, goal)
-        return p if p.share < goal.share else None
+        nonlocal start
+        p = group.at(rate, goal, start)
+        if p.share < goal.share:
+            return p
+        start = p.batch
+        return None
 
     if (lone := misses(1e-3)) is not None:
         return Safe(0.0, binding_of(lone), 0)
@@ -273,6 +281,6 @@ def safe(group: Group, goal: Goal) -> Safe:
             high, broken = middle, p
         else:
             low = middle
-    p = group.at(low, goal)
+    p = group.at(low, goal, start)
     batch = math.ceil(1 + p.batch + 2 * p.batch_stddev)
     return Safe(low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))

@@ -40,17 +40,41 @@ def mark(d: TierDemand) -> Mark:
     return Mark(prompt, next(ratios), output, next(ratios), rounded(d.cv**2, COARSE))
 
 
+FAR = 1.3
+"""A length that has moved by more is looked at at once."""
+
+
+def _near(a: Mark, b: Mark) -> bool:
+    pairs = ((a.prompt, b.prompt, FAR), (a.output, b.output, FAR), (a.dispersion, b.dispersion, 2.0))
+    return all(max(x, y) <= most * min(x, y) for x, y, most in pairs)
+
+
 class Capacity:
-    """What a TP group can safely serve of one tier alone. Bounded; the oldest goes first."""
+    """What a TP group can safely serve of one tier alone. Bounded; the oldest goes first.
+
+    `left`: how many may be computed anew before `of` answers with what it last knew of lengths near these; None: any number.
+    """
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[object, ...], Safe] = OrderedDict()
+        self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
+        self.left: int | None = None
 
-    def of(self, model: StepTimeModel, tp_size: int, m: Mark, goal: Goal, resident: tuple[int, ...]) -> Safe:
-        key = getattr(model, "name", id(model)), tp_size, m, goal, resident
-        if (found := self._known.get(key)) is None:
-            prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
-            found = self._known[key] = safe(Group(model, tp_size, prompt, output, m.dispersion, None, resident), goal)
-            while len(self._known) > REMEMBERED_MAX:
-                self._known.popitem(last=False)
+    def of(self, model: StepTimeModel, tp_size: int, tier: str, m: Mark, goal: Goal, resident: tuple[int, ...]) -> Safe:
+        """`tier`: of whom; tells apart what was last known."""
+        rest = getattr(model, "name", id(model)), tp_size, goal, resident
+        key, last = (*rest, m), (*rest, tier)
+        if (found := self._known.get(key)) is not None:
+            if self.left is not None:
+                self._latest[last] = m, found
+            return found
+        if self.left == 0 and (before := self._latest.get(last)) is not None and _near(before[0], m):
+            return before[1]
+        prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
+        found = self._known[key] = safe(Group(model, tp_size, prompt, output, m.dispersion, None, resident), goal)
+        self._latest[last] = m, found
+        self.left = self.left - 1 if self.left else self.left
+        for known in (self._known, self._latest):
+            while len(known) > REMEMBERED_MAX:
+                known.popitem(last=False)
         return found

@@ -48,13 +48,18 @@ def engine_id(q: PoolQuestion, first_index: int, tp_size: int) -> str:
 
 
 def _affordable(d: Decided, snapshot: Snapshot) -> tuple[Placed, ...]:
+    """On one node what ends does so before what comes wakes, so there the larger of the two counts; between nodes both do."""
     name = d.q.pool.name
-    held = {u for n in snapshot.nodes for g in n.layout.groups if g.pool == name for u in g.gpu_uuids} | set(snapshot.holds.get(name, ()))
+    before = {n.node.agent_id: {g.gpu_uuids: g.tp_size for g in n.layout.groups if g.pool == name} for n in snapshot.nodes}
+    held = {a: sum(groups.values()) for a, groups in before.items()}
+    most = d.q.pool.budget_gpus - len(set(snapshot.holds.get(name, ())))
+    total, after = sum(held.values()), dict.fromkeys(held, 0)
     found = []
-    for p in sorted(d.placed, key=lambda p: (not held.issuperset(g.uuid for g in p.gpus), p.key)):
-        new = {g.uuid for g in p.gpus} - held
-        if not new or len(held) + len(new) <= d.q.pool.budget_gpus:
-            held |= new
+    for p in sorted(d.placed, key=lambda p: (tuple(g.uuid for g in p.gpus) not in before[p.agent_id], p.key)):
+        new = after[p.agent_id] + len(p.gpus)
+        more = max(new - max(held[p.agent_id], after[p.agent_id]), 0)
+        if not more or total + more <= most:
+            after[p.agent_id], total = new, total + more
             found.append(p)
     return tuple(found)
 
@@ -130,7 +135,7 @@ def _limits(
     q: PoolQuestion, serving: Serving, tp_size: int, tiers: tuple[str, ...], snapshot: Snapshot
 ) -> tuple[tuple[TierShare, ...], Limits]:
     """Of each group of this kind: shares by flow; limits as its tiers' own, weighted by what they use of it."""
-    covered = {t for p in serving.placed for t in p.tiers}
+    covered = serving.covered
     # A tier that no group can hold the targets of, or that no group is left for, rides along everywhere.
     along = [t.name for t in q.slo_tiers if t.name not in covered]
     loosest = not q.slo_tiers or not tiers or q.slo_tiers[-1].name in tiers or q.slo_tiers[-1].name not in covered

@@ -10,6 +10,9 @@ from nitsum.planner.serve import serve
 from nitsum.planner.types import Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import describe, goodput, outlook, profile
 
+NEW_MAX = 1
+"""Capacities computed anew in one call: lengths drift slowly, and the rest can wait for the next second."""
+
 
 class FastPlane:
     """Implements `Planner`. Shares `capacity` with a slow plane where there is one."""
@@ -19,6 +22,7 @@ class FastPlane:
 
     def __call__(self, snapshot: Snapshot, now: float) -> Plan:
         decided = []
+        self._capacity.left = NEW_MAX
         for pool in sorted(snapshot.pools, key=lambda p: p.name):
             q = ask(pool, snapshot)
             if q.blocked or not q.running:
@@ -34,4 +38,5 @@ class FastPlane:
                 pool.name, q.gpus, goodput(q, serving.answer), outlook(q, found, serving), (profile(q, snapshot), why), (), Verdict.KEEP
             )
             decided.append(Decided(q, serving.placed, serving, plan))
+        self._capacity.left = None
         return compose(decided, snapshot, resident=False)

@@ -145,7 +145,7 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
     found = []
     for tp_size in question.tps if tps is None else tps:
         for names, goal in asked:
-            safe = [capacity.of(model, tp_size, marks[t], goal, question.tps) for t in names]
+            safe = [capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps) for t in names]
             found.append(
                 Kind(pool.name, tp_size, names, tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe))
             )

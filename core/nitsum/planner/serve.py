@@ -2,11 +2,12 @@
 
 Groups of one TP are alike, so what is sought are counts of kinds again, by the slow plane's greedy search with every width fixed. A looser
 tier shares a stricter one's groups (borrows) only as a kind of both, whose rates hold the strictest targets of the two. What serves now
-stays unless another labelling earns more by `gain_min`: labels must not tremble with demand.
+stays while it meets all demand, or no other labelling earns more by `gain_min`: labels must not tremble with demand.
 """
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from nitsum.planner import greedy
 from nitsum.planner.place import Placed, Running, Slot, labelled
@@ -21,6 +22,10 @@ class Serving:
     placed: tuple[Placed, ...]
     asked: Problem
     answer: Answer
+
+    @cached_property
+    def covered(self) -> frozenset[str]:
+        return frozenset(t for p in self.placed for t in p.tiers)
 
     def kind(self, tp_size: int, tiers: tuple[str, ...]) -> int | None:
         return next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
@@ -47,8 +52,10 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
         if (k := nearest(mine, name, tp_size, tiers)) is not None:
             key = tps.index(tp_size), k
             now[key] = now.get(key, 0) + n
-    best, stays = greedy.solve(asked), value(asked, now, "as it serves")
-    chosen = best if best.score > stays.score * (1 + gain_min) + 1e-12 else stays
+    chosen = value(asked, now, "as it serves")
+    if any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
+        best = greedy.solve(asked)
+        chosen = best if best.score > chosen.score * (1 + gain_min) + 1e-12 else chosen
     counts = dict(chosen.counts)
     for c, tp_size in enumerate(tps):
         idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)
