@@ -102,6 +102,8 @@ def _show(figures: dict[str, Any], notes: list[str]) -> None:
         counts = [str(f[k]) for k in ("refused", "too_long", "flips", "gpus_max")]
         table.add_row(name, goodput, _percent(f["attainment"]), *by_tier, f"{f['offered_rps']:.2f}", *counts)
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console = Console(width=200)
     console.print(table)
     for note in notes:
         console.print(f"note: {note}", highlight=False)

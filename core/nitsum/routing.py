@@ -72,6 +72,7 @@ class Routes:
         self._ranks: dict[tuple[str, str], Rank] = {}
         self._serving: dict[str, list[Rank]] = {}
         """By tier; of groups meant for all: under the empty name."""
+        self._open: list[Rank] = []
         for g in view:
             self.put(g)
 
@@ -87,6 +88,7 @@ class Routes:
         self._views[g.key] = g
         if g.serving:
             rank = self._ranks[g.key] = (g.hint, not g.feasible, g.load, g.key)
+            insort(self._open, rank)
             for tier in g.tiers or ("",):
                 insort(self._serving.setdefault(tier, []), rank)
 
@@ -101,6 +103,7 @@ class Routes:
 
     def _leave(self, key: tuple[str, str]) -> None:
         if (rank := self._ranks.pop(key, None)) is not None:
+            del self._open[bisect_left(self._open, rank)]
             for tier in self._views[key].tiers or ("",):
                 ranks = self._serving[tier]
                 del ranks[bisect_left(ranks, rank)]
@@ -109,9 +112,7 @@ class Routes:
         """(at most two groups, whether they are meant for the tier)."""
         own, common = self._serving.get(tier, []), self._serving.get("", [])
         meant = bool(own or common)
-        ranks: Iterable[Rank] = merge(own, common) if own and common else own or common
-        if not meant:
-            ranks = sorted(self._ranks.values())
+        ranks: Iterable[Rank] = merge(own, common) if own and common else own or common or self._open
         found: list[Rank] = []
         late: list[Rank] = []
         for rank in ranks:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum.layout import FlipMode, Layout
+from nitsum.layout import Capacity, FlipMode, Layout, TierShare
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodePlan, Plan, Snapshot
 from nitsum.pool import Pool, Tier
@@ -16,7 +16,7 @@ from nitsum.sim import arrivals, compare, hardware, metrics, workload
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.engine import EngineLimits
 from nitsum.sim.fleet import Fleet
-from nitsum.sim.policies import Policy, registry, standing
+from nitsum.sim.policies import Policy, governor, registry, standing
 from nitsum.sim.policies.layouts import Part, partition, uniform
 from nitsum.sim.policies.registry import FixedPause, Setting
 from nitsum.sim.request import Request
@@ -128,7 +128,9 @@ def test_plain_never_refuses_and_drowns_while_static_sheds() -> None:
 def test_every_policy_runs_and_figures_are_the_same_bytes_for_the_same_seed() -> None:
     s = setting()
     t = traffic({"strict": 6, "loose": 10, "batch": 1}, "8s")
-    names = registry.expand("plain-tp2,static-tpN,static-partition,resplit-tp2,replicas-tp2,restart-tp,nitsum,oracle", s)
+    names = registry.expand(
+        "plain-tp2,static-tpN,static-partition,resplit-tp2,replicas-tp2,restart-tp,nitsum,nitsum@copy,nitsum@2s,oracle", s
+    )
     first = json.dumps(compare.run(names, s, t).figures())
     assert json.dumps(compare.run(names, s, t).figures()) == first
     figures = json.loads(first)
@@ -149,6 +151,22 @@ def test_the_governor_keeps_tpot_where_stock_prefill_stalls_decode() -> None:
         metrics.policy_figures(s.pool, Fleet(p, s.nodes, PROFILE, t).run(), {})["tiers"]["strict"]["tpot_ms"]["p99"] for p in (stock, sized)
     ]
     assert worst[1] < worst[0]
+
+
+def test_the_sized_budget_holds_the_tightest_tpot_but_keeps_up_with_prefill() -> None:
+    s = setting()
+    size = governor.sized(PROFILE, s.pool)
+    layout = uniform(s.pool, s.nodes, 2, "test")["node-00000"].groups[0]
+
+    def tokens(tier: str, running: int, rate: float) -> int | None:
+        return size(replace(layout, shares=(TierShare(tier, 1.0),), capacity=Capacity(running, 0, rate))).mixed_tokens
+
+    small = tokens("strict", 8, 0.0)
+    assert small is not None
+    assert PROFILE.mixed_ms(2, small, 8, 2048) <= 12 < PROFILE.mixed_ms(2, small * 5 // 4, 8, 2048)
+    assert (tokens("loose", 8, 0.0) or 0) > small
+    assert (tokens("strict", 8, 60_000.0) or 0) > small
+    assert tokens("batch", 8, 0.0) is None
 
 
 def test_partitions_pack_widest_first_within_the_budget() -> None:

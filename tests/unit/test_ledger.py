@@ -1,3 +1,6 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from nitsum.layout import Capacity, TierShare
 from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Queued
 
@@ -66,3 +69,41 @@ def test_a_moved_stream_passes_caps_and_queues_but_not_the_kv_capacity() -> None
     assert ledger.finish("a", 1) == [], "the KV of the moved one leaves no room, and new work does not pass it"
     assert [e.rid for e in ledger.finish("moved", 2)] == ["wide"]
     assert [e.rid for e in ledger.finish("wide", 3)] == ["new"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["submit", "submit", "finish", "expire", "empty", "clear"]),
+            st.integers(0, 9),
+            st.sampled_from(list(Admission)),
+            st.sampled_from(["a", "b"]),
+            st.booleans(),
+            st.booleans(),
+        ),
+        max_size=40,
+    )
+)
+def test_sums_that_it_keeps_are_those_of_what_runs(story: list[tuple[str, int, Admission, str, bool, bool]]) -> None:
+    ledger = Ledger(Capacity(4, 300, 0.0, 5), (TierShare("a", 0.5, 2),))
+    for now, (what, i, admission, tier, suspect, moved) in enumerate(story):
+        waiting = {e.rid for q in ledger._queues for e in q}
+        if what == "submit" and str(i) not in ledger.running and str(i) not in waiting:
+            ledger.submit(Entry(str(i), tier, admission, 20 * (i + 1), float(now), now + 9.0, suspect, moved), float(now))
+        elif what == "finish":
+            ledger.finish(str(i), float(now))
+        elif what == "expire":
+            ledger.expire(float(now))
+        elif what == "empty":
+            ledger.empty_queues()
+        elif what == "clear":
+            ledger.clear()
+        runs, waits = list(ledger.running.values()), [e for q in ledger._queues for e in q]
+        assert ledger.kv_tokens == sum(e.kv_tokens for e in runs)
+        assert ledger._suspects == sum(e.suspect for e in runs) <= 1
+        assert all(ledger._of_tier.get(t, 0) == sum(e.tier == t for e in runs) for t in "ab")
+        assert ledger._moved_waiting == sum(e.moved for e in waits)
+        assert sum(not e.moved for e in runs) <= 4
+        free = [e for e in sorted(waits, key=lambda e: not e.moved) if not ledger._held(e)]  # the rule, spelled out
+        assert ledger._startable() is (free[0] if free and not ledger._blocked(free[0]) else None)

@@ -55,12 +55,8 @@ class _Node:
     draining: list[SimGroup] = field(default_factory=list)
     flipped_at: float | None = None
     epoch: int = 0
-
-    @property
-    def layout(self) -> Layout:
-        if self.wanted is not None:
-            return self.wanted.layout
-        return Layout(tuple(g.group for _, g in sorted(self.groups.items())))
+    layout: Layout = Layout()
+    """What runs, or what a flip leads to."""
 
 
 class Fleet:
@@ -80,6 +76,7 @@ class Fleet:
         self._awake: dict[str, Key] = {}
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = count()
+        self._moved_gpus = False
         self._groups: list[SimGroup] = []
         """Open ones in order, for round robin."""
 
@@ -107,6 +104,8 @@ class Fleet:
                 progress(self.now)
                 shown = self.now
             what()
+            if self._moved_gpus:
+                self._record()
         outcomes = tuple(o or Outcome(r.tier, r.arrived, Ending.FAILED) for o, r in zip(self.outcomes, requests, strict=True))
         retractions = self.retractions + sum(g.engine.retractions for g in self._all())
         return RunResult(
@@ -124,11 +123,13 @@ class Fleet:
     def _begin(self) -> None:
         if self.policy.first is not None:
             for agent_id, layout in sorted(self.policy.first.items()):
+                self.nodes[agent_id].layout = layout
                 for g in layout.groups:
                     self._wake(self.nodes[agent_id], g)
         if self.policy.planner is not None:
             self._cycle(0.0)
         self._check()
+        self._record()
         for i, gateway in enumerate(self.gateways):
             gateway.refresh()
             self._at(VIEW_S * (i + 1) / (len(self.gateways) + 1), lambda g=gateway: self._look(g))  # type: ignore[misc]
@@ -302,17 +303,22 @@ class Fleet:
             self._feed(live, routing.Refused(live.stream.hop, 1000))
 
     def _apply(self, n: _Node, wanted: NodePlan) -> None:
-        if n.wanted is not None:
-            return  # one flip at a time on a node
-        n.residency = wanted.residency
+        if n.wanted is not None or wanted.layout is n.layout:
+            return  # one flip at a time on a node; or no news
+        n.residency, n.layout = wanted.residency, wanted.layout
         new = {g.group_id: g for g in wanted.layout.groups}
         kept = {i: g for i, g in n.groups.items() if i in new and new[i].gpu_uuids == g.group.gpu_uuids}
         for i, g in kept.items():
             if new[i] != g.group:
-                g.serve(new[i], self._kv(new[i]))
+                seen = g.tiers, g.group.capacity.max_running
+                g.serve(new[i], g.engine.kv_tokens)
                 g.engine.limits = self.policy.limits(new[i])
-                self._started(g, g.ledger.start())
-                self._news(g)
+                started = g.ledger.start()
+                self._started(g, started)
+                if g.tiers != seen[0]:
+                    self._moved_gpus = True
+                if started or seen != (g.tiers, g.group.capacity.max_running):
+                    self._news(g)
         if len(kept) == len(new) == len(n.groups):
             return
         if not n.groups:  # nothing is given up: engines wake where none ran
@@ -391,11 +397,10 @@ class Fleet:
         for g in list(n.groups.values()):
             if not g.open:
                 self._open(g)
-        self._record()
+        self._moved_gpus = True
 
     def _wake(self, n: _Node, group: Group) -> None:
         self._open(self._place(n, group))
-        self._record()
 
     def _place(self, n: _Node, group: Group) -> SimGroup:
         engine = Engine(self.model.times[group.tp_size], self._kv(group), self.policy.limits(group))
@@ -403,7 +408,7 @@ class Fleet:
         g.serve(group, engine.kv_tokens if self.policy.planner else 0)
         n.groups[group.group_id] = g
         self._news(g)
-        self._record()
+        self._moved_gpus = True
         return g
 
     def _open(self, g: SimGroup) -> None:
@@ -427,7 +432,7 @@ class Fleet:
         g.open, g.lives = False, {}
         self.retractions += g.engine.retractions
         del n.ending[g.group.group_id]
-        self._record()
+        self._moved_gpus = True
 
     def _kv(self, group: Group) -> int:
         return self.model.kv_capacity_tokens(group.tp_size, self.policy.resident_tp)
@@ -436,6 +441,7 @@ class Fleet:
         return (g for n in self.nodes.values() for g in (*n.groups.values(), *n.ending.values()))
 
     def _record(self) -> None:
+        self._moved_gpus = False
         gpus: Counter[tuple[int, tuple[str, ...]]] = Counter()
         for n in self.nodes.values():
             for g in (*n.groups.values(), *n.ending.values()):

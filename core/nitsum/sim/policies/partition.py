@@ -17,7 +17,7 @@ from nitsum.sim.fleet import Fleet
 from nitsum.sim.metrics import met
 from nitsum.sim.policies import Policy, standing
 from nitsum.sim.policies.layouts import Part, partition
-from nitsum.sim.policies.registry import Setting
+from nitsum.sim.policies.registry import Setting, governed
 from nitsum.sim.result import RunResult
 from nitsum.sim.steptimes import QuickModel
 
@@ -107,7 +107,7 @@ def best(s: Setting, traffic: Traffic, progress: Callable[[float], None]) -> Run
         tps = tuple(sorted({p.tp_size for p in parts}))
         pool = replace(s.pool, allowed_tp=tps, mode=AdaptationMode.FROZEN)
         # One engine per GPU: its memory is its own, whatever TP others have.
-        policy = Policy(NAME, pool, s.flip_cost, tps if len(tps) == 1 else (), standing.plan, first, s.settings)
+        policy = governed(Policy(NAME, pool, s.flip_cost, tps if len(tps) == 1 else (), standing.plan, first, s.settings), s)
         result = Fleet(policy, s.nodes, s.model, traffic).run(lambda at: progress((len(results) * traffic.duration_s + at) / CANDIDATES))
         good = sum(not tiers[o.tier].background and met(tiers[o.tier], o) for o in result.outcomes)
         results.append((good, parts, result))

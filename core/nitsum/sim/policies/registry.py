@@ -10,11 +10,13 @@ from nitsum.perf import FlipCost, StepTimeModel
 from nitsum.planner import Planner, PlannerSettings
 from nitsum.planner.v0 import plan
 from nitsum.pool import AdaptationMode, Pool
-from nitsum.sim.policies import Policy, replicas, standing
+from nitsum.quantity import duration_ms
+from nitsum.sim.policies import Policy, governor, replicas, standing
 from nitsum.sim.policies.layouts import uniform
 from nitsum.topology import Node
 
-NAMES = ("plain-tpN", "static-tpN", "static-partition", "resplit-tpN", "replicas-tpN", "restart-tp", "nitsum", "oracle")
+NAMES = ("plain-tpN", "static-tpN", "static-partition", "resplit-tpN", "replicas-tpN", "restart-tp", "nitsum", "nitsum@FLIP", "oracle")
+"""FLIP: what a flip costs: free, copy, recompute (as `nitsum` itself), or a pause like 30s."""
 SEARCHED = ("static-partition",)
 """Made from the traffic they will see."""
 RESTART_S = 30.0
@@ -80,6 +82,18 @@ def _nitsum(s: Setting, name: str) -> Policy:
     return Policy(name, replace(s.pool, mode=AdaptationMode.ACTIVE), s.flip_cost, s.tps, s.planner, None, s.settings)
 
 
+def _nitsum_at(s: Setting, name: str, flip: str) -> Policy:
+    """`nitsum` where a flip costs something else; the planner knows it."""
+    policy = _nitsum(s, name)
+    if flip == "recompute":
+        return policy
+    if flip == "copy":
+        return replace(policy, planner=keeping(s.planner))
+    if flip == "free":
+        return replace(policy, planner=keeping(s.planner), flip_cost=FixedPause(0.0))
+    return replace(policy, flip_cost=FixedPause(duration_ms(flip, f"policy {name}")))
+
+
 def _restart(s: Setting, name: str) -> Policy:
     """The same planner, told what a restart costs; one TP's engines at a time, so the whole memory is theirs."""
     pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
@@ -120,16 +134,24 @@ def expand(text: str, s: Setting) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def governed(policy: Policy, s: Setting) -> Policy:
+    """With our governor in its engines, as all have that use our router and admission."""
+    return replace(policy, limits=governor.sized(s.model, s.pool))
+
+
 def build(name: str, s: Setting) -> Policy:
     """Raises InvalidSpec."""
     if name in SIMPLE:
-        return SIMPLE[name](s, name)
+        return governed(SIMPLE[name](s, name), s)
+    if name.startswith("nitsum@"):
+        return governed(_nitsum_at(s, name, name.removeprefix("nitsum@")), s)
     match = re.fullmatch(r"([a-z]+)-tp([0-9]+)", name)
     if match is None or match[1] not in BY_TP:
         raise InvalidSpec("policy", f"no policy {name!r}; there are {', '.join(NAMES)}")
     if int(match[2]) not in s.tps:
         raise InvalidSpec(f"policy {name}", f"TP {match[2]} is not legal here; legal are {', '.join(map(str, s.tps))}")
-    return BY_TP[match[1]](s, name, int(match[2]))
+    policy = BY_TP[match[1]](s, name, int(match[2]))
+    return policy if policy.planner is None else governed(policy, s)
 
 
 def check(names: tuple[str, ...], s: Setting) -> None:

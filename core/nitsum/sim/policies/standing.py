@@ -12,6 +12,19 @@ from nitsum.planner.v0 import PRIOR_RATE, QUEUE_PER_RUNNING
 Served = tuple[tuple[TierShare, ...], Capacity]
 
 
+NOISE = 0.05
+"""Changes of a share or a capacity that are not worth a directive."""
+
+
+def _about(g: Group, shares: tuple[TierShare, ...], capacity: Capacity) -> bool:
+    if (
+        abs(g.capacity.max_running - capacity.max_running) > NOISE * g.capacity.max_running
+        or g.capacity.max_kv_tokens != capacity.max_kv_tokens
+    ):
+        return False
+    return g.shares is shares or all(abs(a.share - b.share) <= NOISE and a.tier == b.tier for a, b in zip(g.shares, shares, strict=True))
+
+
 def plan(snapshot: Snapshot, now: float) -> Plan:
     """Implements `Planner` for one pool."""
     (pool,) = snapshot.pools
@@ -25,7 +38,7 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
     known: dict[tuple[int, tuple[str, ...]], Served] = {}
 
     def served(group: Group) -> Served:
-        names = tuple(sorted(s.tier for s in group.shares))
+        names = tuple(s.tier for s in group.shares)
         if (group.tp_size, names) not in known:
             members = tuple(t for t in slo_tiers if t.name in names)
             load = mixture(tuple(demand[t.name] for t in members))
@@ -46,6 +59,7 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
         groups = []
         for g in n.layout.groups:
             shares, capacity = served(g)
-            groups.append(replace(g, shares=shares, capacity=capacity))
-        nodes.append(NodePlan(n.node.agent_id, n.residency, Layout(tuple(groups))))
+            groups.append(g if _about(g, shares, capacity) else replace(g, shares=shares, capacity=capacity))
+        changed = any(new is not old for new, old in zip(groups, n.layout.groups, strict=True))
+        nodes.append(NodePlan(n.node.agent_id, n.residency, Layout(tuple(groups)) if changed else n.layout))
     return Plan("standing", tuple(nodes), ())
