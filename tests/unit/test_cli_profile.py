@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 from typer.testing import CliRunner
@@ -79,10 +80,15 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     assert "install nitsum[profile], or measure with --from-engine" in shown.stderr
 
 
-def test_gaps_count_only_where_all_streams_run() -> None:
-    a = [(0.0, 1), (0.5, 2), (1.0, 3), (1.010, 4), (1.020, 5), (1.5, 6)]
-    b = [(1.0, 1), (1.010, 2), (1.030, 4), (1.040, 5)]
-    assert gaps_ms([a, b]) == pytest.approx([10, 10, 10, 10, 10])
+def test_gaps_count_only_where_all_streams_run_and_bursts_do_not_fool_them() -> None:
+    """Steps of 10 ms whose messages come two at a time, from 1.0 s on with the other stream's."""
+    alone = [(0.1 * i, i) for i in range(1, 10)]
+    bursts = [(1.0 + 0.02 * (i // 2), 10 + i) for i in range(40)]
+    steady = [(1.0 + 0.01 * i, 1 + i) for i in range(36)]
+    gaps = gaps_ms([alone + bursts, steady])
+    assert len(gaps) > 40
+    assert median(gaps) == pytest.approx(10)
+    assert max(gaps) < 13
 
 
 def test_cells_that_do_not_fit_grow_as_attention_does() -> None:
