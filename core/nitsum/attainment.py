@@ -8,7 +8,8 @@ Means do not tell: a request whose TTFT is met on average is missed half of the 
   the variance of prompts and of arrivals) + the request's own prefill.
 - A TPOT is a mean over the request's tokens, so it concentrates: its spread comes from the prefills that fall into its life and from how
   many others run beside it, both larger for short outputs and for bursts.
-- With the governor (`mixed_tokens`) decode never stops: each step carries at most so many prefill tokens.
+- With the governor decode never stops: a step carries at most `chunk` prefill tokens beside it, as many as the TPOT allows, so a prompt
+  delays the others by less than its own time and takes longer itself.
 
 Lengths are lognormal by mean and 90th percentile, read at a few quantiles. TTFT and TPOT count as independent.
 """
@@ -32,6 +33,10 @@ SPREAD, CONVEX = 1.35, 0.8
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
 BUSY_MAX = 0.97
+CHUNKS = tuple(round(64 * 2 ** (k / 2)) for k in range(15))
+"""Of the governor: 64 to 8,192 tokens."""
+SPARE = 1.25
+"""Prefill must keep up with more than the promised rate, or its queue never empties."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,22 @@ def _seen(busy: float, rush: float) -> float:
     return seen
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What prompts cost, in ms: `own` the time that one takes, `stall` that by which it delays the others' decode; mean squares."""
+
+    each: tuple[tuple[float, float], ...]
+    own: float
+    own2: float
+    stall: float
+    stall2: float
+
+    @staticmethod
+    def of(own: list[tuple[float, float]], stalls: list[tuple[float, float]]) -> "Prompts":
+        moments = [sum(v**power * w for v, w in x) for x in (own, stalls) for power in (1, 2)]
+        return Prompts(tuple(own), *moments)
+
+
 @dataclass
 class Group:
     """One engine as its step times tell. Keeps what does not depend on the rate."""
@@ -117,7 +138,7 @@ class Group:
     prompt: Lengths
     output: Lengths
     dispersion: float = 1.0
-    mixed_tokens: int | None = None
+    governed: bool = False
     resident_tp: tuple[int, ...] = ()
     _decode: dict[int, float] = field(default_factory=dict)
 
@@ -128,9 +149,8 @@ class Group:
         one, two = self._prefill(mean), self._prefill(2 * mean)
         self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
         """Of a prefill step, whatever it carries."""
-        self.own = [(self._prefill(p), w) for p, w in self.prompts]
-        self.work = max(sum(s * w for s, w in self.own) - self.fixed, 1e-6)
-        self.work2 = sum(max(s - self.fixed, 0.0) ** 2 * w for s, w in self.own)
+        own = [(self._prefill(p), w) for p, w in self.prompts]
+        self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own])
         kv = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
         self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
         self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
@@ -153,36 +173,59 @@ class Group:
             self._decode[low + 1] = self.model.decode_ms(self.tp_size, low + 1, self.ctx)
         return self._decode[low] + (batch - low) * (self._decode[low + 1] - self._decode[low])
 
-    def _steps(self, rate: float, decode: float) -> tuple[float, float]:
+    def _steps(self, rate: float, decode: float, work: float, fixed: float) -> tuple[float, float]:
         """Per ms: (prefill steps, decode steps). What arrives in a step (Poisson) is prefilled in one step after it."""
-        if not self.fixed:
-            return rate, max(1 - rate * self.work, 0.0) / decode
+        if not fixed:
+            return rate, max(1 - rate * work, 0.0) / decode
         low, high = 0.0, rate
         after = 1 - math.exp(-rate * decode)
         for _ in range(12):
             steps = (low + high) / 2
-            free = max(1 - rate * self.work - steps * self.fixed, 0.0) / decode
-            lasting = self.fixed + self.work * rate / steps
+            free = max(1 - rate * work - steps * fixed, 0.0) / decode
+            lasting = fixed + work * rate / steps
             if steps < free * after * math.exp(min(rate * lasting, 50.0)):
                 low = steps
             else:
                 high = steps
-        return high, max(1 - rate * self.work - high * self.fixed, 0.0) / decode
+        return high, max(1 - rate * work - high * fixed, 0.0) / decode
+
+    def chunk(self, rate: float, batch: float, tpot_ms: float) -> int:
+        """Prefill tokens of a step beside `batch` decodes: as many as the TPOT allows, but enough to keep up with the rate."""
+        b = max(math.ceil(batch), 1)
+        steps = [(c, self.model.mixed_ms(self.tp_size, c, b, self.ctx)) for c in CHUNKS]
+        within = max((c for c, ms in steps if ms <= tpot_ms), default=CHUNKS[0])
+        enough = next((c for c, ms in steps if c / ms * 1e3 >= SPARE * rate * self.prompt.mean), CHUNKS[-1])
+        return max(within, enough)
+
+    def _mixed(self, rate: float, batch: float, tpot_ms: float) -> "Prompts":
+        b = max(round(1 + batch), 1)
+        chunk, alone = self.chunk(rate, 1 + batch + 2 * math.sqrt(batch), tpot_ms), self.decode(1 + batch)
+        whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
+        own, stalls = [], []
+        for p, w in self.prompts:
+            rest = p % chunk
+            took = p // chunk * whole + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
+            own.append((took, w))
+            stalls.append((max(took - math.ceil(p / chunk) * alone, 1e-6), w))
+        return Prompts.of(own, stalls)
 
     def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
         """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
         r = rate / 1e3
-        if r * self.work >= BUSY_MAX:
+        mixed = self.governed and goal.tpot_ms is not None
+        prompts = self._mixed(rate, start, goal.tpot_ms or 0.0) if mixed else self.stock
+        fixed = 0.0 if mixed else self.fixed
+        if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
             return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
         if not self.kv_fits or self.kv_batch < 1:
             return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
         batch, tpot, busy = start, 0.0, 0.0
         for _ in range(40):  # monotone fixed point from below
             decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
-            prefills, steps = self._steps(r, decode)
+            prefills, steps = self._steps(r, decode, prompts.stall, fixed)
             if steps <= 0:
                 return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
-            tpot, busy = 1 / steps, r * self.work + prefills * self.fixed
+            tpot, busy = 1 / steps, r * prompts.stall + prefills * fixed
             grown = r * self.output.mean * tpot
             if grown > self.kv_batch:
                 return Point(0.0, 0.0, self.kv_batch, 0.0, busy, "KV")
@@ -196,23 +239,21 @@ class Group:
         spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
         if batch + 1.64 * spread > self.kv_batch:
             return Point(0.0, 0.0, batch, spread, busy, "KV")
-        fixed = prefills / r * self.fixed if r > 0 else self.fixed
-        return Point(
-            self._ttft(r, goal.ttft_ms, decode, busy, rush),
-            self._tpot(r, goal.tpot_ms, tpot, batch, spread, fixed, busy, rush),
-            batch,
-            spread,
-            busy,
-        )
+        shared = prefills / r * fixed if r > 0 else fixed
+        ttft = self._ttft(r, goal.ttft_ms, decode, r * prompts.own if mixed else busy, rush, prompts, fixed, mixed)
+        return Point(ttft, self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts), batch, spread, busy)
 
-    def _ttft(self, r: float, target: float | None, decode: float, busy: float, rush: float) -> float:
+    def _ttft(
+        self, r: float, target: float | None, decode: float, busy: float, rush: float, prompts: "Prompts", fixed: float, mixed: bool
+    ) -> float:
         if target is None:
             return 1.0
-        cs2 = self.work2 / self.work**2 - 1
-        tail = self.work * (rush + max(cs2, 0.0)) / (2 * (1 - r * self.work)) * (1 + busy) + self.fixed / 2
+        served = prompts.own if mixed else prompts.stall
+        cs2 = (prompts.own2 if mixed else prompts.stall2) / served**2 - 1
+        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) + fixed / 2
         seen = _seen(busy, rush)
         share = 0.0
-        for own, weight in self.own:
+        for own, weight in prompts.each:
             room = target - own
             # An idle engine starts at once; one that decodes ends its step first, uniformly; else work is ahead.
             idle = max(min(room / decode, 1.0), 0.0) if room > 0 else 0.0
@@ -221,19 +262,28 @@ class Group:
         return share
 
     def _tpot(
-        self, r: float, target: float | None, tpot: float, batch: float, spread: float, fixed: float, busy: float, rush: float
+        self,
+        r: float,
+        target: float | None,
+        tpot: float,
+        batch: float,
+        spread: float,
+        fixed: float,
+        busy: float,
+        rush: float,
+        prompts: "Prompts",
     ) -> float:
         if target is None:
             return 1.0
         wide = (self.decode(1 + batch + spread * math.sqrt(LIVES)) - self.decode(1 + batch)) / max(1 - busy, 0.03)
-        stall2 = self.work2 + 2 * self.work * fixed + fixed**2
+        stall2 = prompts.stall2 + 2 * prompts.stall * fixed + fixed**2
         share = 0.0
         for tokens, weight in self.outputs:
             steps = max(tokens - 1, 1.0)
             life = steps * tpot
             # A stall lasts while more arrive: as the busy period of a queue, hence the division.
             stalls = math.sqrt(r * life * stall2 * rush) / max(1 - busy, 0.03) / steps
-            burst = BURST * (rush - 1) / 2 * (self.work + fixed) / max(1 - busy, 0.03) / steps
+            burst = BURST * (rush - 1) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03) / steps
             spread_ms = SPREAD * math.hypot(wide, stalls)
             mean = tpot + burst + CONVEX * spread_ms**2 / tpot
             share += weight * _lognormal(target, mean, spread_ms)
@@ -268,7 +318,7 @@ def safe(group: Group, goal: Goal) -> Safe:
 
     if (lone := misses(1e-3)) is not None:
         return Safe(0.0, binding_of(lone), 0)
-    high = 0.25 / group.work * 1e3
+    high = 0.25 / group.stock.stall * 1e3
     low, broken = 0.0, misses(high)
     while broken is None:
         low, high = high, high * 2

@@ -55,7 +55,9 @@ class Capacity:
     `left`: how many may be computed anew before `of` answers with what it last knew of lengths near these; None: any number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, governed: bool = False) -> None:
+        """`governed`: engines size their prefill steps by TPOT."""
+        self.governed = governed
         self._known: OrderedDict[tuple[object, ...], Safe] = OrderedDict()
         self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
         self.left: int | None = None
@@ -71,7 +73,7 @@ class Capacity:
         if self.left == 0 and (before := self._latest.get(last)) is not None and _near(before[0], m):
             return before[1]
         prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
-        found = self._known[key] = safe(Group(model, tp_size, prompt, output, m.dispersion, None, resident), goal)
+        found = self._known[key] = safe(Group(model, tp_size, prompt, output, m.dispersion, self.governed, resident), goal)
         self._latest[last] = m, found
         self.left = self.left - 1 if self.left else self.left
         for known in (self._known, self._latest):

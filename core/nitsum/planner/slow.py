@@ -56,8 +56,9 @@ class _Kept:
 class SlowPlane:
     """Implements `Planner`, both planes together. Remembers capacities between calls; equal snapshots give equal plans all the same."""
 
-    def __init__(self, use_exact: bool = True) -> None:
-        self._capacity, self._use_exact = Capacity(), use_exact
+    def __init__(self, use_exact: bool = True, governed: bool = False) -> None:
+        """`governed`: engines size their prefill steps by TPOT."""
+        self._capacity, self._use_exact = Capacity(governed), use_exact
 
     def __call__(self, snapshot: Snapshot, now: float) -> Plan:
         questions = [ask(p, snapshot) for p in sorted(snapshot.pools, key=lambda p: p.name)]
