@@ -30,6 +30,8 @@ BURST = 0.5
 """Of the others in a request's own burst: how many are prefilled after it, not with it."""
 SPREAD, CONVEX = 1.35, 0.8
 """Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
+MARGIN = 0.93
+"""Of the rate found: the simulated engine's is rarely lower then."""
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
 BUSY_MAX = 0.97
@@ -67,11 +69,12 @@ class Arrivals:
 
 @dataclass(frozen=True)
 class Goal:
-    """`share` of the requests must meet both. None: no such target."""
+    """`share` of the requests must meet both. None: no such target. `guest_ttft_ms`: of the tier that shares the group (`Group.guest`)."""
 
     ttft_ms: float | None
     tpot_ms: float | None
     share: float
+    guest_ttft_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,8 @@ class Group:
     output: Lengths
     dispersion: float = 1.0
     governed: bool = False
+    guest: Lengths | None = None
+    """Prompts of a stricter tier in the same group, which wait behind these."""
     resident_tp: tuple[int, ...] = ()
     _decode: dict[int, float] = field(default_factory=dict)
 
@@ -151,6 +156,8 @@ class Group:
         """Of a prefill step, whatever it carries."""
         own = [(self._prefill(p), w) for p, w in self.prompts]
         self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own])
+        self.guests = self.guest.points() if self.guest else ()
+        self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
         kv = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
         self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
         self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
@@ -197,23 +204,25 @@ class Group:
         enough = next((c for c, ms in steps if c / ms * 1e3 >= SPARE * rate * self.prompt.mean), CHUNKS[-1])
         return max(within, enough)
 
-    def _mixed(self, rate: float, batch: float, tpot_ms: float) -> "Prompts":
+    def _mixed(self, rate: float, batch: float, tpot_ms: float) -> "tuple[Prompts, tuple[tuple[float, float], ...]]":
+        """With the governor: what these prompts cost, and how long the guest's own take."""
         b = max(round(1 + batch), 1)
         chunk, alone = self.chunk(rate, 1 + batch + 2 * math.sqrt(batch), tpot_ms), self.decode(1 + batch)
         whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
-        own, stalls = [], []
-        for p, w in self.prompts:
+
+        def took(p: float) -> float:
             rest = p % chunk
-            took = p // chunk * whole + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
-            own.append((took, w))
-            stalls.append((max(took - math.ceil(p / chunk) * alone, 1e-6), w))
-        return Prompts.of(own, stalls)
+            return p // chunk * whole + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
+
+        own = [(took(p), w) for p, w in self.prompts]
+        stalls = [(max(t - math.ceil(p / chunk) * alone, 1e-6), w) for (t, w), (p, _) in zip(own, self.prompts, strict=True)]
+        return Prompts.of(own, stalls), tuple((took(p), w) for p, w in self.guests)
 
     def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
         """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
         r = rate / 1e3
         mixed = self.governed and goal.tpot_ms is not None
-        prompts = self._mixed(rate, start, goal.tpot_ms or 0.0) if mixed else self.stock
+        prompts, guests = self._mixed(rate, start, goal.tpot_ms or 0.0) if mixed else (self.stock, self.stock_guests)
         fixed = 0.0 if mixed else self.fixed
         if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
             return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
@@ -240,11 +249,23 @@ class Group:
         if batch + 1.64 * spread > self.kv_batch:
             return Point(0.0, 0.0, batch, spread, busy, "KV")
         shared = prefills / r * fixed if r > 0 else fixed
-        ttft = self._ttft(r, goal.ttft_ms, decode, r * prompts.own if mixed else busy, rush, prompts, fixed, mixed)
+        waits = r * prompts.own if mixed else busy
+        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, prompts.each, fixed, mixed)
+        if guests:
+            ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
         return Point(ttft, self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts), batch, spread, busy)
 
     def _ttft(
-        self, r: float, target: float | None, decode: float, busy: float, rush: float, prompts: "Prompts", fixed: float, mixed: bool
+        self,
+        r: float,
+        target: float | None,
+        decode: float,
+        busy: float,
+        rush: float,
+        prompts: "Prompts",
+        each: tuple[tuple[float, float], ...],
+        fixed: float,
+        mixed: bool,
     ) -> float:
         if target is None:
             return 1.0
@@ -253,7 +274,7 @@ class Group:
         tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) + fixed / 2
         seen = _seen(busy, rush)
         share = 0.0
-        for own, weight in prompts.each:
+        for own, weight in each:
             room = target - own
             # An idle engine starts at once; one that decodes ends its step first, uniformly; else work is ahead.
             idle = max(min(room / decode, 1.0), 0.0) if room > 0 else 0.0
@@ -333,4 +354,4 @@ def safe(group: Group, goal: Goal) -> Safe:
             low = middle
     p = group.at(low, goal, start)
     batch = math.ceil(1 + p.batch + 2 * p.batch_stddev)
-    return Safe(low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))
+    return Safe(MARGIN * low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))

@@ -62,9 +62,18 @@ class Capacity:
         self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
         self.left: int | None = None
 
-    def of(self, model: StepTimeModel, tp_size: int, tier: str, m: Mark, goal: Goal, resident: tuple[int, ...]) -> Safe:
-        """`tier`: of whom; tells apart what was last known."""
-        rest = getattr(model, "name", id(model)), tp_size, goal, resident
+    def of(
+        self,
+        model: StepTimeModel,
+        tp_size: int,
+        tier: str,
+        m: Mark,
+        goal: Goal,
+        resident: tuple[int, ...],
+        guest: tuple[float, float] | None = None,
+    ) -> Safe:
+        """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group."""
+        rest = getattr(model, "name", id(model)), tp_size, goal, resident, guest
         key, last = (*rest, m), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
@@ -73,7 +82,8 @@ class Capacity:
         if self.left == 0 and (before := self._latest.get(last)) is not None and _near(before[0], m):
             return before[1]
         prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
-        found = self._known[key] = safe(Group(model, tp_size, prompt, output, m.dispersion, self.governed, resident), goal)
+        other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
+        found = self._known[key] = safe(Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident), goal)
         self._latest[last] = m, found
         self.left = self.left - 1 if self.left else self.left
         for known in (self._known, self._latest):

@@ -158,9 +158,19 @@ def _limits(
     uses = {t: max(flows[t] / rate, 1e-9) for t, rate, _ in able}
     parts = [(uses[t] / sum(uses.values()), rate, batch, q.demand[t].prompt_tokens_mean) for t, rate, batch in able]
     running = max(round(sum(u * batch for u, _, batch, _ in parts)), 1)
-    return shares, Limits(
-        running, kv_tokens, round(sum(u * rate * prompt for u, rate, _, prompt in parts), 1), running * QUEUE_PER_RUNNING + 8
-    )
+    rate = sum(u * rate for u, rate, _, _ in parts)
+    prefill = round(sum(u * rate * prompt for u, rate, _, prompt in parts), 1)
+    return shares, Limits(running, kv_tokens, prefill, _queue(q, tiers, rate, running))
+
+
+def _queue(q: PoolQuestion, tiers: tuple[str, ...], rate: float, running: int) -> int:
+    """As many as are started within half of the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
+
+    Groups so slow that this is hardly one keep a queue by what runs: there is little to protect.
+    """
+    ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in tiers and t.ttft_ms is not None), default=None)
+    within = rate * ttft_ms / 1e3 * 0.5 if ttft_ms is not None else 0.0
+    return round(within) if within >= 2 else running * QUEUE_PER_RUNNING + 8
 
 
 def _residency(mine: list[tuple[Decided, Placed]], n: NodeView, groups: list[Group]) -> Residency:

@@ -121,13 +121,17 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     return PoolQuestion(pool, demand, tps, tuple(nodes), running, had, budget, blocked)
 
 
-def goal_of(tiers: tuple[Tier, ...]) -> Goal:
-    """The strictest of each."""
-    return Goal(
-        min((t.ttft_ms for t in tiers if t.ttft_ms is not None), default=None),
-        min((t.tpot_ms for t in tiers if t.tpot_ms is not None), default=None),
-        max(t.target for t in tiers),
-    )
+def goal_of(tier: Tier, members: tuple[Tier, ...] = ()) -> tuple[Goal, str]:
+    """What must hold of a tier in a group that these share, and the tier whose TTFT suffers most there, if another.
+
+    All decode in the same steps, so the strictest TPOT is everyone's; prompts wait for each other, but each has its own TTFT.
+    """
+    share = max(t.target for t in (tier, *members))
+    tpot = min((t.tpot_ms for t in (tier, *members) if t.tpot_ms is not None), default=None)
+    guest = min((t for t in members if t.ttft_ms is not None and t != tier), key=lambda t: (t.ttft_ms, t.name), default=None)
+    if guest is None or (tier.ttft_ms is not None and (guest.ttft_ms or 0.0) > tier.ttft_ms):
+        return Goal(tier.ttft_ms, tpot, share), ""
+    return Goal(tier.ttft_ms, tpot, share, guest.ttft_ms), guest.name
 
 
 def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
@@ -141,11 +145,16 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
         for last in range(first + 1, len(tiers) + 1)
         if last - first <= MIXED_MAX or last - first == len(tiers)
     ]
-    asked = [(tuple(t.name for t in members), goal_of(members)) for members in runs]
+    shared = [[(t.name, *goal_of(t, members)) for t in members] for members in runs]
+    prompts = {n: (m.prompt, m.prompt_ratio) for n, m in marks.items()}
     found = []
     for tp_size in question.tps if tps is None else tps:
-        for names, goal in asked:
-            safe = [capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps) for t in names]
+        for sharing in shared:
+            safe = [
+                capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest))
+                for t, goal, guest in sharing
+            ]
+            names = tuple(t for t, _, _ in sharing)
             found.append(
                 Kind(pool.name, tp_size, names, tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe))
             )
