@@ -165,3 +165,30 @@ def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
     for w in problem.wants:
         served[w.pool, w.tier] = min(safe[w.pool, w.tier], w.rate)
     return Answer(dict(counts), score, served, safe, flows, by, note)
+
+
+SHORT = 0.95
+"""A tier of which less is served is short of groups."""
+LESS = 0.2
+"""Part of what is lacking that a change must bring, to count for those that are short."""
+
+
+def lack(problem: Problem, answer: Answer) -> float:
+    """Worth of the demand that is not served, of tiers that are short."""
+    lost = 0.0
+    for w in problem.wants:
+        if (got := answer.served[w.pool, w.tier]) < SHORT * w.rate:
+            reached = max(w.target * w.rate - got, 0.0)
+            lost += w.weight * (REACH * reached + REST * (w.rate - max(got, w.target * w.rate)))
+    return lost
+
+
+def wins(problem: Problem, best: Answer, stays: Answer, gain_min: float) -> bool:
+    """Whether `best` replaces `stays`: it earns more by `gain_min`, or takes enough from what tiers lack that are short. The latter,
+    since a tier with few requests or little weight would never be worth a part of the whole."""
+    if best.score <= stays.score + 1e-9:
+        return False
+    if best.score > stays.score * (1 + gain_min):
+        return True
+    before = lack(problem, stays)
+    return before > 0 and before - lack(problem, best) > LESS * before

@@ -6,7 +6,7 @@ from statistics import NormalDist
 
 from nitsum.attainment import Goal
 from nitsum.demand import TierDemand
-from nitsum.layout import FlipMode
+from nitsum.layout import FlipMode, Group
 from nitsum.planner.capacity import Capacity, mark
 from nitsum.planner.place import Running
 from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
@@ -71,6 +71,11 @@ def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, .
     return tuple(t for t in sorted(known) if t <= widest and t in allowed_by_profile and (not pool.allowed_tp or t in pool.allowed_tp))
 
 
+def _meant(g: Group) -> tuple[str, ...]:
+    """Tiers that a group is for; those with a share of 0 ride along."""
+    return tuple(s.tier for s in g.shares if s.share > 0) or tuple(s.tier for s in g.shares)
+
+
 def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], budget: int) -> Running:
     """Groups that may go on. Where they are more than the budget, those with the most KV."""
     found = []
@@ -80,7 +85,7 @@ def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], bu
             same = g.pool == pool.name and g.model == pool.model and g.engine_id.endswith(mark)
             if same and g.tp_size in tps and here.issuperset(g.gpu_uuids):
                 key = pool.name, n.node.agent_id, g.gpu_uuids
-                found.append((-n.resident_tokens.get(g.group_id, 0), key, tuple(s.tier for s in g.shares)))
+                found.append((-n.resident_tokens.get(g.group_id, 0), key, _meant(g)))
     fits: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {}
     left = budget
     for _, key, tiers in sorted(found):
@@ -95,10 +100,7 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     inside = [n for n in ordered if set(pool.node_selector) <= set(n.node.labels)]
     agents = {n.node.agent_id for n in inside}
     had: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {
-        (pool.name, n.node.agent_id, g.gpu_uuids): tuple(s.tier for s in g.shares)
-        for n in ordered
-        for g in n.layout.groups
-        if g.pool == pool.name
+        (pool.name, n.node.agent_id, g.gpu_uuids): _meant(g) for n in ordered for g in n.layout.groups if g.pool == pool.name
     }
     away = {u for n in snapshot.nodes if n.node.agent_id not in agents for g in n.layout.groups if g.pool == pool.name for u in g.gpu_uuids}
     budget = max(pool.budget_gpus - len(away | set(snapshot.holds.get(pool.name, ()))), 0)

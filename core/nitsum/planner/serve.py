@@ -11,7 +11,7 @@ from functools import cached_property
 
 from nitsum.planner import greedy
 from nitsum.planner.place import Placed, Running, Slot, labelled
-from nitsum.planner.problem import Answer, Class, Counts, Kind, Problem, value
+from nitsum.planner.problem import Answer, Class, Counts, Kind, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
 
 
@@ -55,7 +55,7 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
     chosen = value(asked, now, "as it serves")
     if any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = greedy.solve(asked)
-        chosen = best if best.score > chosen.score * (1 + gain_min) + 1e-12 else chosen
+        chosen = best if wins(asked, best, chosen, gain_min) else chosen
     counts = dict(chosen.counts)
     for c, tp_size in enumerate(tps):
         idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)

@@ -16,7 +16,7 @@ from nitsum.planner import exact, greedy
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.place import Placed, Running, Slot, place
-from nitsum.planner.problem import Answer, Counts, Problem, value
+from nitsum.planner.problem import Answer, Counts, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
@@ -96,7 +96,7 @@ class SlowPlane:
             asked, _, _ = problem([q], snapshot, self._capacity, frozenset(used) - own)
             best, current = self._best(asked), self._at_best(serving.asked, serving.answer)
             was = describe(len(p.gpus) for p in placed)
-            would = best.score > current.score * (1 + settings.gain_min)
+            would = wins(asked, best, current, settings.gain_min)
             to = shape(asked, best.counts, name)
             why = f"{q.pool.mode}: would change {was} to {to}" if would else f"{q.pool.mode}: {was} stays"
             rejected = (f"{to}: {goodput(q, best):.2f} requests/s, but the mode is {q.pool.mode}",) if would else ()
@@ -147,7 +147,7 @@ class SlowPlane:
         asked = replace(asked, flip_loss=losses)
         base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
         best = self._best(asked)
-        change = not counts or best.score > base.score * (1 + gain_min)
+        change = not counts or wins(asked, best, base, gain_min)
         placed = _placed(asked, best.counts, members, running, barred) if change else None
         answer = best if placed is not None else base
         if placed is None:
