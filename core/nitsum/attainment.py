@@ -28,13 +28,14 @@ LIVES = 0.75
 """Variance of the batch as one request sees it over its life, relative to the variance at an instant."""
 BURST = 0.5
 """Of the others in a request's own burst: how many are prefilled after it, not with it."""
-SPREAD, CONVEX = 1.35, 0.8
+SPREAD, CONVEX, TAIL = 1.35, 0.8, 1.5
 """Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
 MARGIN = 0.93
 """Of the rate found: the simulated engine's is rarely lower then."""
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
-BUSY_MAX = 0.97
+BUSY_MAX = 0.85
+"""Share of the time that prefill may take: above it a little more load makes a long queue."""
 CHUNKS = tuple(round(64 * 2 ** (k / 2)) for k in range(15))
 """Of the governor: 64 to 8,192 tokens."""
 SPARE = 1.25
@@ -46,12 +47,21 @@ class Lengths:
     mean: float
     p90: float = 0.0
 
+    @property
+    def sigma(self) -> float:
+        ratio = min(self.p90 / self.mean, math.exp(Z90**2 / 2 - 1e-3)) if self.mean > 0 else 1.0
+        return Z90 - math.sqrt(max(Z90**2 - 2 * math.log(ratio), 0.0)) if ratio > 1 else 0.0
+
+    @property
+    def tail(self) -> float:
+        """Mean square over that of `points`: a few points have not the spread of the whole."""
+        points = self.points()
+        return math.exp(self.sigma**2) / (sum(x * x * w for x, w in points) / max(self.mean, 1.0) ** 2)
+
     def points(self) -> tuple[tuple[float, float], ...]:
         """(tokens, share of requests). p90 0 or below the mean: all are equal."""
-        ratio = min(self.p90 / self.mean, math.exp(Z90**2 / 2 - 1e-3)) if self.mean > 0 else 1.0
-        if ratio <= 1:
+        if not (sigma := self.sigma):
             return ((max(self.mean, 1.0), 1.0),)
-        sigma = Z90 - math.sqrt(max(Z90**2 - 2 * math.log(ratio), 0.0))
         drawn = [(math.exp(sigma * z - sigma**2 / 2), w) for z, w in ZS]
         scale = self.mean / sum(x * w for x, w in drawn)  # a few points have not the mean of the whole
         return tuple((max(x * scale, 1.0), w) for x, w in drawn)
@@ -127,8 +137,9 @@ class Prompts:
     stall2: float
 
     @staticmethod
-    def of(own: list[tuple[float, float]], stalls: list[tuple[float, float]]) -> "Prompts":
-        moments = [sum(v**power * w for v, w in x) for x in (own, stalls) for power in (1, 2)]
+    def of(own: list[tuple[float, float]], stalls: list[tuple[float, float]], tail: float) -> "Prompts":
+        """`tail`: by how much the mean squares are larger than those of the points."""
+        moments = [sum(v**power * w for v, w in x) * (tail if power == 2 else 1.0) for x in (own, stalls) for power in (1, 2)]
         return Prompts(tuple(own), *moments)
 
 
@@ -155,7 +166,7 @@ class Group:
         self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
         """Of a prefill step, whatever it carries."""
         own = [(self._prefill(p), w) for p, w in self.prompts]
-        self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own])
+        self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own], self.prompt.tail)
         self.guests = self.guest.points() if self.guest else ()
         self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
         kv = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
@@ -216,20 +227,23 @@ class Group:
 
         own = [(took(p), w) for p, w in self.prompts]
         stalls = [(max(t - math.ceil(p / chunk) * alone, 1e-6), w) for (t, w), (p, _) in zip(own, self.prompts, strict=True)]
-        return Prompts.of(own, stalls), tuple((took(p), w) for p, w in self.guests)
+        return Prompts.of(own, stalls, self.prompt.tail), tuple((took(p), w) for p, w in self.guests)
 
     def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
         """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
         r = rate / 1e3
         mixed = self.governed and goal.tpot_ms is not None
-        prompts, guests = self._mixed(rate, start, goal.tpot_ms or 0.0) if mixed else (self.stock, self.stock_guests)
         fixed = 0.0 if mixed else self.fixed
-        if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
-            return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
         if not self.kv_fits or self.kv_batch < 1:
             return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
-        batch, tpot, busy = start, 0.0, 0.0
+        batch, tpot, busy, sized = start, 0.0, 0.0, -1.0
+        prompts, guests = self.stock, self.stock_guests
         for _ in range(40):  # monotone fixed point from below
+            if mixed and batch > sized * 1.1 + 1:
+                prompts, guests = self._mixed(rate, batch, goal.tpot_ms or 0.0)
+                sized = batch
+            if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
+                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
             decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
             prefills, steps = self._steps(r, decode, prompts.stall, fixed)
             if steps <= 0:
@@ -271,7 +285,7 @@ class Group:
             return 1.0
         served = prompts.own if mixed else prompts.stall
         cs2 = (prompts.own2 if mixed else prompts.stall2) / served**2 - 1
-        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) + fixed / 2
+        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) * TAIL + fixed / 2
         seen = _seen(busy, rush)
         share = 0.0
         for own, weight in each:
