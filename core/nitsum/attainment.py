@@ -332,6 +332,8 @@ class Safe:
     rate: float
     binding: str
     batch: int
+    full: bool = True
+    """False: the goal's share cannot be met at any rate; `rate` is what half of the requests would meet."""
 
 
 def binding_of(p: Point) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nitsum.attainment import Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
@@ -40,6 +40,7 @@ def mark(d: TierDemand) -> Mark:
     return Mark(prompt, next(ratios), output, next(ratios), rounded(d.cv**2, COARSE))
 
 
+HALF = 0.5
 FAR = 1.3
 """A length that has moved by more is looked at at once."""
 
@@ -71,9 +72,13 @@ class Capacity:
         goal: Goal,
         resident: tuple[int, ...],
         guest: tuple[float, float] | None = None,
+        partly: bool = False,
     ) -> Safe:
-        """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group."""
-        rest = getattr(model, "name", id(model)), tp_size, goal, resident, guest
+        """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
+
+        `partly`: where the goal cannot be held at all, what half of the requests would meet counts for that half.
+        """
+        rest = getattr(model, "name", id(model)), tp_size, goal, resident, guest, partly
         key, last = (*rest, m), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
@@ -83,7 +88,14 @@ class Capacity:
             return before[1]
         prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
-        found = self._known[key] = safe(Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident), goal)
+        group = Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident)
+        found = safe(group, goal)
+        for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
+            if not found.rate:  # and if bursts alone break it, what would hold without them
+                group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident)
+                half = safe(group, replace(goal, share=min(goal.share, HALF)))
+                found = Safe(part * half.rate, found.binding, half.batch, False)
+        self._known[key] = found
         self._latest[last] = m, found
         self.left = self.left - 1 if self.left else self.left
         for known in (self._known, self._latest):

@@ -50,6 +50,8 @@ class Kind:
     binding: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
     """Requests that may run at once, if of one tier alone."""
+    full: bool = True
+    """False: of one tier that no group of this TP can hold the targets of; `rates` is what some of its requests would meet."""
 
     def rate(self, tier: str) -> float:
         return self.rates[self.tiers.index(tier)] if tier in self.tiers else 0.0

@@ -153,13 +153,12 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
     for tp_size in question.tps if tps is None else tps:
         for sharing in shared:
             safe = [
-                capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest))
+                capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1)
                 for t, goal, guest in sharing
             ]
             names = tuple(t for t, _, _ in sharing)
-            found.append(
-                Kind(pool.name, tp_size, names, tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe))
-            )
+            rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
+            found.append(Kind(pool.name, tp_size, names, rates, binding, batches, all(s.full for s in safe)))
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
     return tuple(found)

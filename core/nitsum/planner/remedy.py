@@ -65,7 +65,7 @@ def remedies(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, infeasible
     if not infeasible or q.blocked:
         return ()
     found = kinds(q, snapshot, capacity)
-    hopeless = {t.name for t in q.slo_tiers if not any(k.rate(t.name) > 0 for k in found if k.tiers == (t.name,))}
+    hopeless = {t.name for t in q.slo_tiers if not any(k.rate(t.name) > 0 and k.full for k in found if k.tiers == (t.name,))}
     said = []
     for t in q.slo_tiers:
         if t.name in hopeless:

@@ -43,9 +43,12 @@ def outlook(q: PoolQuestion, kinds: tuple[Kind, ...], serving: Serving) -> tuple
         used = [serving.asked.kinds[k] for (k, tier), flow in sorted(answer.flows.items()) if tier == t.name and flow > 0]
         if used:
             binding = used[0].binding[used[0].tiers.index(t.name)] + f" at TP {used[0].tp_size}"
-        elif any(k.rate(t.name) > 0 for k in alone):
+        elif any(k.rate(t.name) > 0 and k.full for k in alone):
             binding = "GPUs: no group is left for it"
         else:
+            binding = ""
+        if not any(k.rate(t.name) > 0 and k.full for k in alone):
             binding = " or ".join(sorted({k.binding[0] for k in alone})) + " at every TP"
-        found.append(TierOutlook(t.name, rate, safe, served >= t.target * rate - 1e-9, binding))
+        held = served >= t.target * rate - 1e-9 and all(k.full for k in used)
+        found.append(TierOutlook(t.name, rate, safe, held, binding))
     return tuple(found)
