@@ -332,8 +332,8 @@ class Safe:
     rate: float
     binding: str
     batch: int
-    full: bool = True
-    """False: the goal's share cannot be met at any rate; `rate` is what half of the requests would meet."""
+    partly: float | None = None
+    """Not None: `rate` is what a part of the requests would meet, which is more than this, the rate at which the goal's share does."""
 
 
 def binding_of(p: Point) -> str:

@@ -76,7 +76,8 @@ class Capacity:
     ) -> Safe:
         """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
 
-        `partly`: where the goal cannot be held at all, what half of the requests would meet counts for that half.
+        `partly`: near targets that cannot be held, more requests meet them at a rate at which many do not: that counts. The second try
+        is what would hold without bursts, so that of TPs of which none holds the nearest is preferred.
         """
         rest = getattr(model, "name", id(model)), tp_size, goal, resident, guest, partly
         key, last = (*rest, m), (*rest, tier)
@@ -90,11 +91,12 @@ class Capacity:
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
         group = Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident)
         found = safe(group, goal)
+        held = found.rate
         for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
-            if not found.rate:  # and if bursts alone break it, what would hold without them
-                group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident)
-                half = safe(group, replace(goal, share=min(goal.share, HALF)))
-                found = Safe(part * half.rate, found.binding, half.batch, False)
+            group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident)
+            some = safe(group, replace(goal, share=min(goal.share, HALF)))
+            if part * some.rate > found.rate:
+                found = Safe(part * some.rate, found.binding, some.batch, held)
         self._known[key] = found
         self._latest[last] = m, found
         self.left = self.left - 1 if self.left else self.left

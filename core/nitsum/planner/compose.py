@@ -18,6 +18,9 @@ from nitsum.residency import Residency, ResidentEngine
 
 QUEUE_PER_RUNNING = 4
 """Waiting requests that a group may hold for each running one."""
+ROOM = 1.5
+"""Limits over what is safe for one group alone: groups that share their tiers' arrivals take more than that, and limits that are too tight
+shed what would have been served in time."""
 SHARE_MIN = 1e-3
 """Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
 
@@ -157,19 +160,19 @@ def _limits(
         return shares, Limits(1, kv_tokens, 0.0, QUEUE_PER_RUNNING + 8)
     uses = {t: max(flows[t] / rate, 1e-9) for t, rate, _ in able}
     parts = [(uses[t] / sum(uses.values()), rate, batch, q.demand[t].prompt_tokens_mean) for t, rate, batch in able]
-    running = max(round(sum(u * batch for u, _, batch, _ in parts)), 1)
+    running = max(round(ROOM * sum(u * batch for u, _, batch, _ in parts)), 1)
     rate = sum(u * rate for u, rate, _, _ in parts)
     prefill = round(sum(u * rate * prompt for u, rate, _, prompt in parts), 1)
     return shares, Limits(running, kv_tokens, prefill, _queue(q, tiers, rate, running))
 
 
 def _queue(q: PoolQuestion, tiers: tuple[str, ...], rate: float, running: int) -> int:
-    """As many as are started within half of the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
+    """As many as are started within the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
 
     Groups so slow that this is hardly one keep a queue by what runs: there is little to protect.
     """
     ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in tiers and t.ttft_ms is not None), default=None)
-    within = rate * ttft_ms / 1e3 * 0.5 if ttft_ms is not None else 0.0
+    within = ROOM * rate * ttft_ms / 1e3 if ttft_ms is not None else 0.0
     return round(within) if within >= 2 else running * QUEUE_PER_RUNNING + 8
 
 

@@ -50,8 +50,12 @@ class Kind:
     binding: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
     """Requests that may run at once, if of one tier alone."""
-    full: bool = True
-    """False: of one tier that no group of this TP can hold the targets of; `rates` is what some of its requests would meet."""
+    held: float | None = None
+    """Not None: of one tier whose targets a group can hold at this rate only; `rates` is what some of its requests would meet beyond it."""
+
+    @property
+    def full(self) -> bool:
+        return self.held is None or self.held > 0
 
     def rate(self, tier: str) -> float:
         return self.rates[self.tiers.index(tier)] if tier in self.tiers else 0.0

@@ -158,7 +158,7 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
             ]
             names = tuple(t for t, _, _ in sharing)
             rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
-            found.append(Kind(pool.name, tp_size, names, rates, binding, batches, all(s.full for s in safe)))
+            found.append(Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None))
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
     return tuple(found)

@@ -31,6 +31,16 @@ def goodput(q: PoolQuestion, answer: Answer) -> float:
     return sum(answer.served.get((q.pool.name, t.name), 0.0) for t in q.slo_tiers)
 
 
+def _held(serving: Serving, tier: str) -> float:
+    """requests/s of a tier at which its share is met, by the groups that it flows through."""
+    total = 0.0
+    for (_, k), n in serving.answer.counts.items():
+        kind = serving.asked.kinds[k]
+        if serving.answer.flows.get((k, tier), 0.0) > 0:
+            total += n * kind.held if kind.held is not None else serving.answer.flows[k, tier]
+    return total
+
+
 def outlook(q: PoolQuestion, kinds: tuple[Kind, ...], serving: Serving) -> tuple[TierOutlook, ...]:
     """`binding` of a tier that no TP can serve alone says so: no number of GPUs would help."""
     found = []
@@ -49,6 +59,7 @@ def outlook(q: PoolQuestion, kinds: tuple[Kind, ...], serving: Serving) -> tuple
             binding = ""
         if not any(k.rate(t.name) > 0 and k.full for k in alone):
             binding = " or ".join(sorted({k.binding[0] for k in alone})) + " at every TP"
-        held = served >= t.target * rate - 1e-9 and all(k.full for k in used)
+        partly = any(k.held is not None for k in used)  # more is served than meets its targets
+        held = (min(served, _held(serving, t.name)) if partly else served) >= t.target * rate - 1e-9
         found.append(TierOutlook(t.name, rate, safe, held, binding))
     return tuple(found)
