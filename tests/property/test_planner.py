@@ -89,6 +89,7 @@ def test_constant_demand_settles(interactive: float, agents: float) -> None:
     assert ids[1] == ids[2] == ids[3]
 
 
+@settings(deadline=None)
 @given(st.permutations(range(3)))
 def test_input_order_does_not_matter(order: list[int]) -> None:
     nodes = fleet(2, 4, 3)

@@ -28,7 +28,8 @@ class Serving:
         return frozenset(t for p in self.placed for t in p.tiers)
 
     def kind(self, tp_size: int, tiers: tuple[str, ...]) -> int | None:
-        return next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
+        exact = next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
+        return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, tp_size, tiers)
 
 
 def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
@@ -68,7 +69,17 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
         slots = [Slot(name, tp_size, mine[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c]
         blocks = [(p.agent_id, p.gpus) for p in placed if len(p.gpus) == tp_size]
         found += labelled(name, slots, blocks, running)
-    return Serving(tuple(sorted(found, key=lambda p: p.key)), asked, answer)
+    return Serving(tuple(sorted(_sheltered(q, found), key=lambda p: p.key)), asked, answer)
+
+
+def _sheltered(q: PoolQuestion, found: list[Placed]) -> list[Placed]:
+    """A tier that no group is left for goes to one of the loosest: on all of them its prompts would break what the others hold."""
+    order = [t.name for t in q.slo_tiers]
+    missing = [t for t in order if not any(t in p.tiers for p in found)]
+    if not missing or len(found) < 2:
+        return found
+    one = max(found, key=lambda p: (max((order.index(t) for t in p.tiers if t in order), default=-1), p.key))
+    return [replace(p, tiers=tuple(t for t in order if t in (*p.tiers, *missing))) if p is one else p for p in found]
 
 
 def as_kinds(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float) -> Running:
