@@ -21,7 +21,7 @@ QUEUE_PER_RUNNING = 4
 ROOM = 1.5
 """Limits over what is safe for one group alone: groups that share their tiers' arrivals take more than that, and limits that are too tight
 shed what would have been served in time."""
-SHARE_MIN = 1e-3
+SHELTERED, SHARE_MIN = 1e-3, 2e-3
 """Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
 
 
@@ -149,9 +149,9 @@ def _limits(
     kind = serving.asked.kinds[k] if k is not None else None
     flows = {t: serving.answer.flows.get((k, t), 0.0) for t in tiers} if k is not None else {}
     total = sum(flows.values())
-    shares = tuple(
-        TierShare(t, max(round(flows[t] / total, 3), SHARE_MIN) if total > 0 else round(1 / len(tiers), 3)) for t in tiers if t in flows
-    )
+    own = [t for t in tiers if t in flows and t not in serving.sheltered]
+    shares = tuple(TierShare(t, max(round(flows[t] / total, 3), SHARE_MIN) if total > 0 else round(1 / len(own), 3)) for t in own)
+    shares += tuple(TierShare(t, SHELTERED) for t in tiers if t in serving.sheltered)
     shares += tuple(TierShare(t, 0.0) for t in dict.fromkeys(along))
     if kind is None or not kind.rates:
         return shares, Limits(0, kv_tokens, 0.0, 0)

@@ -72,8 +72,8 @@ def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, .
 
 
 def _meant(g: Group) -> tuple[str, ...]:
-    """Tiers that a group is for; those with a share of 0 ride along."""
-    return tuple(s.tier for s in g.shares if s.share > 0) or tuple(s.tier for s in g.shares)
+    """Tiers that a group is for; those with a share of 0 ride along, those with the least are taken in (`compose.SHELTERED`)."""
+    return tuple(s.tier for s in g.shares if s.share > 1.5e-3) or tuple(s.tier for s in g.shares)
 
 
 def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], budget: int) -> Running:

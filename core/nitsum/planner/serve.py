@@ -22,6 +22,8 @@ class Serving:
     placed: tuple[Placed, ...]
     asked: Problem
     answer: Answer
+    sheltered: frozenset[str] = frozenset()
+    """Tiers that no group is left for: one takes them in."""
 
     @cached_property
     def covered(self) -> frozenset[str]:
@@ -69,7 +71,8 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
         slots = [Slot(name, tp_size, mine[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c]
         blocks = [(p.agent_id, p.gpus) for p in placed if len(p.gpus) == tp_size]
         found += labelled(name, slots, blocks, running)
-    return Serving(tuple(sorted(_sheltered(q, found), key=lambda p: p.key)), asked, answer)
+    missing = frozenset(t.name for t in q.slo_tiers) - {t for p in found for t in p.tiers}
+    return Serving(tuple(sorted(_sheltered(q, found), key=lambda p: p.key)), asked, answer, missing)
 
 
 def _sheltered(q: PoolQuestion, found: list[Placed]) -> list[Placed]:
