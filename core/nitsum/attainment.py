@@ -1,0 +1,373 @@
+"""How large a share of a tier's requests meets TTFT and TPOT on one group at a rate, and the rate up to which the target share does.
+
+Means do not tell: a request whose TTFT is met on average is missed half of the time. What is modelled (stock SGLang;
+`tests/golden/test_capacity.py` compares it with the simulated engine over a grid):
+
+- Prefill goes before decode. What arrived during a step is prefilled in one step next, so short prompts share a step's fixed part: the
+  share of prefill steps is a fixed point. A TTFT is what is left of a step + work ahead and in the same batch (exponential tail, scaled by
+  the variance of prompts and of arrivals) + the request's own prefill.
+- A TPOT is a mean over the request's tokens, so it concentrates: its spread comes from the prefills that fall into its life and from how
+  many others run beside it, both larger for short outputs and for bursts.
+- With the governor decode never stops: a step carries at most `chunk` prefill tokens beside it, as many as the TPOT allows, so a prompt
+  delays the others by less than its own time and takes longer itself.
+
+Lengths are lognormal by mean and 90th percentile, read at a few quantiles. TTFT and TPOT count as independent.
+"""
+
+import math
+from dataclasses import dataclass, field
+from statistics import NormalDist
+
+from nitsum.perf import StepTimeModel
+
+CHUNK = 8192
+"""New tokens of a prefill step of stock SGLang."""
+QUANTILES = ((0.25, 0.5), (0.65, 0.3), (0.875, 0.15), (0.97, 0.04), (0.995, 0.01))
+"""(quantile at which a length is read, share of the requests that it stands for)."""
+LIVES = 0.75
+"""Variance of the batch as one request sees it over its life, relative to the variance at an instant."""
+BURST = 0.5
+"""Of the others in a request's own burst: how many are prefilled after it, not with it."""
+SPREAD, CONVEX, TAIL = 1.35, 0.8, 1.5
+"""Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
+MARGIN = 0.93
+"""Of the rate found: the simulated engine's is rarely lower then."""
+Z90 = NormalDist().inv_cdf(0.9)
+ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
+BUSY_MAX = 0.85
+"""Share of the time that prefill may take: above it a little more load makes a long queue."""
+CHUNKS = tuple(round(64 * 2 ** (k / 2)) for k in range(15))
+"""Of the governor: 64 to 8,192 tokens."""
+SPARE = 1.25
+"""Prefill must keep up with more than the promised rate, or its queue never empties."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    mean: float
+    p90: float = 0.0
+
+    @property
+    def sigma(self) -> float:
+        ratio = min(self.p90 / self.mean, math.exp(Z90**2 / 2 - 1e-3)) if self.mean > 0 else 1.0
+        return Z90 - math.sqrt(max(Z90**2 - 2 * math.log(ratio), 0.0)) if ratio > 1 else 0.0
+
+    @property
+    def tail(self) -> float:
+        """Mean square over that of `points`: a few points have not the spread of the whole."""
+        points = self.points()
+        return math.exp(self.sigma**2) / (sum(x * x * w for x, w in points) / max(self.mean, 1.0) ** 2)
+
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """(tokens, share of requests). p90 0 or below the mean: all are equal."""
+        if not (sigma := self.sigma):
+            return ((max(self.mean, 1.0), 1.0),)
+        drawn = [(math.exp(sigma * z - sigma**2 / 2), w) for z, w in ZS]
+        scale = self.mean / sum(x * w for x, w in drawn)  # a few points have not the mean of the whole
+        return tuple((max(x * scale, 1.0), w) for x, w in drawn)
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """`dispersion`: variance of counts over their mean; 1: Poisson."""
+
+    rate: float
+    prompt: Lengths
+    output: Lengths
+    dispersion: float = 1.0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`share` of the requests must meet both. None: no such target. `guest_ttft_ms`: of the tier that shares the group (`Group.guest`)."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    share: float
+    guest_ttft_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a group stands at a rate. `batch`: requests that decode at an instant, on average; `batch_stddev` over time."""
+
+    ttft_share: float
+    tpot_share: float
+    batch: float
+    batch_stddev: float
+    busy: float
+    """Share of the time that prefill takes."""
+    limit: str = ""
+    """KV or prefill, where the group cannot follow at all."""
+
+    @property
+    def share(self) -> float:
+        return 0.0 if self.limit else self.ttft_share * self.tpot_share
+
+
+def _phi(z: float) -> float:
+    return 0.5 * (1 + math.erf(z / math.sqrt(2)))
+
+
+def _lognormal(x: float, mean: float, stddev: float) -> float:
+    """Share below x. Stalls only add: what is above the mean reaches further than what is below."""
+    sigma2 = math.log1p((stddev / mean) ** 2)
+    if sigma2 < 1e-12:
+        return float(mean <= x)
+    return _phi((math.log(x / mean) + sigma2 / 2) / math.sqrt(sigma2))
+
+
+def _seen(busy: float, rush: float) -> float:
+    """Share of arrivals that find work before them: more than the share of time if they come in bursts (GI/M/1, gamma gaps)."""
+    seen = busy
+    if rush > 1 and 0 < busy < 1:
+        for _ in range(20):
+            seen = (1 + (1 - seen) * rush / busy) ** (-1 / rush)
+    return seen
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What prompts cost, in ms: `own` the time that one takes, `stall` that by which it delays the others' decode; mean squares."""
+
+    each: tuple[tuple[float, float], ...]
+    own: float
+    own2: float
+    stall: float
+    stall2: float
+
+    @staticmethod
+    def of(own: list[tuple[float, float]], stalls: list[tuple[float, float]], tail: float) -> "Prompts":
+        """`tail`: by how much the mean squares are larger than those of the points."""
+        moments = [sum(v**power * w for v, w in x) * (tail if power == 2 else 1.0) for x in (own, stalls) for power in (1, 2)]
+        return Prompts(tuple(own), *moments)
+
+
+@dataclass
+class Group:
+    """One engine as its step times tell. Keeps what does not depend on the rate."""
+
+    model: StepTimeModel
+    tp_size: int
+    prompt: Lengths
+    output: Lengths
+    dispersion: float = 1.0
+    governed: bool = False
+    guest: Lengths | None = None
+    """Prompts of a stricter tier in the same group, which wait behind these."""
+    resident_tp: tuple[int, ...] = ()
+    _decode: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompts, self.outputs = self.prompt.points(), self.output.points()
+        mean = self.prompt.mean
+        self.ctx = max(int(mean + self.output.mean / 2), 1)
+        one, two = self._prefill(mean), self._prefill(2 * mean)
+        self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
+        """Of a prefill step, whatever it carries."""
+        own = [(self._prefill(p), w) for p, w in self.prompts]
+        self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own], self.prompt.tail)
+        self.guests = self.guest.points() if self.guest else ()
+        self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
+        kv = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
+        self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
+        self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
+
+    def _prefill(self, tokens: float) -> float:
+        if tokens <= CHUNK:
+            return self.model.prefill_ms(self.tp_size, max(int(tokens), 1))
+        whole = int(tokens // CHUNK)
+        took = sum(self.model.prefill_ms(self.tp_size, CHUNK, i * CHUNK) for i in range(whole))
+        return took + (self.model.prefill_ms(self.tp_size, rest, whole * CHUNK) if (rest := int(tokens) - whole * CHUNK) > 0 else 0.0)
+
+    def decode(self, batch: float) -> float:
+        """Linear between whole batches."""
+        low = max(int(batch), 1)
+        if low not in self._decode:
+            self._decode[low] = self.model.decode_ms(self.tp_size, low, self.ctx)
+        if batch <= low:
+            return self._decode[low]
+        if low + 1 not in self._decode:
+            self._decode[low + 1] = self.model.decode_ms(self.tp_size, low + 1, self.ctx)
+        return self._decode[low] + (batch - low) * (self._decode[low + 1] - self._decode[low])
+
+    def _steps(self, rate: float, decode: float, work: float, fixed: float) -> tuple[float, float]:
+        """Per ms: (prefill steps, decode steps). What arrives in a step (Poisson) is prefilled in one step after it."""
+        if not fixed:
+            return rate, max(1 - rate * work, 0.0) / decode
+        low, high = 0.0, rate
+        after = 1 - math.exp(-rate * decode)
+        for _ in range(12):
+            steps = (low + high) / 2
+            free = max(1 - rate * work - steps * fixed, 0.0) / decode
+            lasting = fixed + work * rate / steps
+            if steps < free * after * math.exp(min(rate * lasting, 50.0)):
+                low = steps
+            else:
+                high = steps
+        return high, max(1 - rate * work - high * fixed, 0.0) / decode
+
+    def chunk(self, rate: float, batch: float, tpot_ms: float) -> int:
+        """Prefill tokens of a step beside `batch` decodes: as many as the TPOT allows, but enough to keep up with the rate."""
+        b = max(math.ceil(batch), 1)
+        steps = [(c, self.model.mixed_ms(self.tp_size, c, b, self.ctx)) for c in CHUNKS]
+        within = max((c for c, ms in steps if ms <= tpot_ms), default=CHUNKS[0])
+        enough = next((c for c, ms in steps if c / ms * 1e3 >= SPARE * rate * self.prompt.mean), CHUNKS[-1])
+        return max(within, enough)
+
+    def _mixed(self, rate: float, batch: float, tpot_ms: float) -> "tuple[Prompts, tuple[tuple[float, float], ...]]":
+        """With the governor: what these prompts cost, and how long the guest's own take."""
+        b = max(round(1 + batch), 1)
+        chunk, alone = self.chunk(rate, 1 + batch + 2 * math.sqrt(batch), tpot_ms), self.decode(1 + batch)
+        whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
+
+        def took(p: float) -> float:
+            rest = p % chunk
+            return p // chunk * whole + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
+
+        own = [(took(p), w) for p, w in self.prompts]
+        stalls = [(max(t - math.ceil(p / chunk) * alone, 1e-6), w) for (t, w), (p, _) in zip(own, self.prompts, strict=True)]
+        return Prompts.of(own, stalls, self.prompt.tail), tuple((took(p), w) for p, w in self.guests)
+
+    def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
+        """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
+        r = rate / 1e3
+        mixed = self.governed and goal.tpot_ms is not None
+        fixed = 0.0 if mixed else self.fixed
+        if not self.kv_fits or self.kv_batch < 1:
+            return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
+        batch, tpot, busy, sized = start, 0.0, 0.0, -1.0
+        prompts, guests = self.stock, self.stock_guests
+        for _ in range(40):  # monotone fixed point from below
+            if mixed and batch > sized * 1.1 + 1:
+                prompts, guests = self._mixed(rate, batch, goal.tpot_ms or 0.0)
+                sized = batch
+            if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
+                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
+            decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
+            prefills, steps = self._steps(r, decode, prompts.stall, fixed)
+            if steps <= 0:
+                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
+            tpot, busy = 1 / steps, r * prompts.stall + prefills * fixed
+            grown = r * self.output.mean * tpot
+            if grown > self.kv_batch:
+                return Point(0.0, 0.0, self.kv_batch, 0.0, busy, "KV")
+            if grown <= batch * 1.005 + 0.02:
+                batch = max(grown, batch)
+                break
+            batch = grown
+        rush = max(self.dispersion, 1.0)
+        slope = self.decode(batch + 2) - self.decode(batch + 1)
+        feedback = min(r * self.output.mean * slope / max(1 - busy, 0.03), 0.9)
+        spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
+        if batch + 1.64 * spread > self.kv_batch:
+            return Point(0.0, 0.0, batch, spread, busy, "KV")
+        shared = prefills / r * fixed if r > 0 else fixed
+        waits = r * prompts.own if mixed else busy
+        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, prompts.each, fixed, mixed)
+        if guests:
+            ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
+        return Point(ttft, self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts), batch, spread, busy)
+
+    def _ttft(
+        self,
+        r: float,
+        target: float | None,
+        decode: float,
+        busy: float,
+        rush: float,
+        prompts: "Prompts",
+        each: tuple[tuple[float, float], ...],
+        fixed: float,
+        mixed: bool,
+    ) -> float:
+        if target is None:
+            return 1.0
+        served = prompts.own if mixed else prompts.stall
+        cs2 = (prompts.own2 if mixed else prompts.stall2) / served**2 - 1
+        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) * TAIL + fixed / 2
+        seen = _seen(busy, rush)
+        share = 0.0
+        for own, weight in each:
+            room = target - own
+            # An idle engine starts at once; one that decodes ends its step first, uniformly; else work is ahead.
+            idle = max(min(room / decode, 1.0), 0.0) if room > 0 else 0.0
+            behind = 1 - math.exp(-(room - decode / 2) / tail) if room > decode / 2 else 0.0
+            share += weight * ((1 - seen) * idle + seen * behind)
+        return share
+
+    def _tpot(
+        self,
+        r: float,
+        target: float | None,
+        tpot: float,
+        batch: float,
+        spread: float,
+        fixed: float,
+        busy: float,
+        rush: float,
+        prompts: "Prompts",
+    ) -> float:
+        if target is None:
+            return 1.0
+        wide = (self.decode(1 + batch + spread * math.sqrt(LIVES)) - self.decode(1 + batch)) / max(1 - busy, 0.03)
+        stall2 = prompts.stall2 + 2 * prompts.stall * fixed + fixed**2
+        share = 0.0
+        for tokens, weight in self.outputs:
+            steps = max(tokens - 1, 1.0)
+            life = steps * tpot
+            # A stall lasts while more arrive: as the busy period of a queue, hence the division.
+            stalls = math.sqrt(r * life * stall2 * rush) / max(1 - busy, 0.03) / steps
+            burst = BURST * (rush - 1) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03) / steps
+            spread_ms = SPREAD * math.hypot(wide, stalls)
+            mean = tpot + burst + CONVEX * spread_ms**2 / tpot
+            share += weight * _lognormal(target, mean, spread_ms)
+        return share
+
+
+@dataclass(frozen=True)
+class Safe:
+    """`rate` requests/s; `binding` names what breaks just above it; `batch`: how many may run at once."""
+
+    rate: float
+    binding: str
+    batch: int
+    partly: float | None = None
+    """Not None: `rate` is what a part of the requests would meet, which is more than this, the rate at which the goal's share does."""
+
+
+def binding_of(p: Point) -> str:
+    return p.limit or ("TPOT" if p.tpot_share < p.ttft_share else "TTFT")
+
+
+def safe(group: Group, goal: Goal) -> Safe:
+    """The largest rate at which the goal's share is met, within 1 %. Rate 0 where even a lone request misses a target."""
+
+    start = 0.0
+
+    def misses(rate: float) -> Point | None:
+        nonlocal start
+        p = group.at(rate, goal, start)
+        if p.share < goal.share:
+            return p
+        start = p.batch
+        return None
+
+    if (lone := misses(1e-3)) is not None:
+        return Safe(0.0, binding_of(lone), 0)
+    high = 0.25 / group.stock.stall * 1e3
+    low, broken = 0.0, misses(high)
+    while broken is None:
+        low, high = high, high * 2
+        broken = misses(high)
+    for _ in range(20):
+        if high - low <= 0.01 * high:
+            break
+        middle = (low + high) / 2
+        if (p := misses(middle)) is not None:
+            high, broken = middle, p
+        else:
+            low = middle
+    p = group.at(low, goal, start)
+    batch = math.ceil(1 + p.batch + 2 * p.batch_stddev)
+    return Safe(MARGIN * low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))

@@ -1,0 +1,106 @@
+"""SLO-safe capacity of one group for one tier, remembered: it depends on lengths and targets, not on rates, and lengths move slowly."""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+from nitsum.attainment import Goal, Group, Lengths, Safe, safe
+from nitsum.demand import TierDemand
+from nitsum.perf import StepTimeModel
+
+REMEMBERED_MAX = 8192
+STEP, RATIO, COARSE = 1.05, 1.2, 1.5
+"""Means of lengths count as the nearest power of the first, tails of the second, burstiness of the third: no estimate of them is better,
+and it keeps plans from trembling."""
+PRIOR_PROMPT, PRIOR_OUTPUT = 256.0, 128.0
+"""Tokens, of a tier nobody has asked for yet."""
+
+
+def rounded(value: float, step: float) -> float:
+    return step ** round(math.log(max(value, 1.0)) / math.log(step))
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What of a tier's demand its capacity depends on, rounded. Ratios: 90th percentile over mean."""
+
+    prompt: float
+    prompt_ratio: float
+    output: float
+    output_ratio: float
+    dispersion: float
+
+
+def mark(d: TierDemand) -> Mark:
+    ratios = (
+        rounded(p90 / mean, RATIO) if mean > 0 and p90 > mean else 1.0
+        for p90, mean in ((d.prompt_tokens_p90, d.prompt_tokens_mean), (d.output_tokens_p90, d.output_tokens_mean))
+    )
+    prompt, output = rounded(d.prompt_tokens_mean or PRIOR_PROMPT, STEP), rounded(d.output_tokens_mean or PRIOR_OUTPUT, STEP)
+    return Mark(prompt, next(ratios), output, next(ratios), rounded(d.cv**2, COARSE))
+
+
+HALF = 0.5
+FAR = 1.3
+"""A length that has moved by more is looked at at once."""
+
+
+def _near(a: Mark, b: Mark) -> bool:
+    pairs = ((a.prompt, b.prompt, FAR), (a.output, b.output, FAR), (a.dispersion, b.dispersion, 2.0))
+    return all(max(x, y) <= most * min(x, y) for x, y, most in pairs)
+
+
+class Capacity:
+    """What a TP group can safely serve of one tier alone. Bounded; the oldest goes first.
+
+    `left`: how many may be computed anew before `of` answers with what it last knew of lengths near these; None: any number.
+    """
+
+    def __init__(self, governed: bool = False) -> None:
+        """`governed`: engines size their prefill steps by TPOT."""
+        self.governed = governed
+        self._known: OrderedDict[tuple[object, ...], Safe] = OrderedDict()
+        self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
+        self.left: int | None = None
+
+    def of(
+        self,
+        model: StepTimeModel,
+        tp_size: int,
+        tier: str,
+        m: Mark,
+        goal: Goal,
+        resident: tuple[int, ...],
+        guest: tuple[float, float] | None = None,
+        partly: bool = False,
+    ) -> Safe:
+        """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
+
+        `partly`: near targets that cannot be held, more requests meet them at a rate at which many do not: that counts. The second try
+        is what would hold without bursts, so that of TPs of which none holds the nearest is preferred.
+        """
+        rest = getattr(model, "name", id(model)), tp_size, goal, resident, guest, partly
+        key, last = (*rest, m), (*rest, tier)
+        if (found := self._known.get(key)) is not None:
+            if self.left is not None:
+                self._latest[last] = m, found
+            return found
+        if self.left == 0 and (before := self._latest.get(last)) is not None and _near(before[0], m):
+            return before[1]
+        prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
+        other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
+        group = Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident)
+        found = safe(group, goal)
+        held = found.rate
+        for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
+            group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident)
+            some = safe(group, replace(goal, share=min(goal.share, HALF)))
+            if part * some.rate > found.rate:
+                found = Safe(part * some.rate, found.binding, some.batch, held)
+        self._known[key] = found
+        self._latest[last] = m, found
+        self.left = self.left - 1 if self.left else self.left
+        for known in (self._known, self._latest):
+            while len(known) > REMEMBERED_MAX:
+                known.popitem(last=False)
+        return found

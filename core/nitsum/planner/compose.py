@@ -1,0 +1,191 @@
+"""From decided groups to a Plan: layouts and residencies of nodes, shares and limits of groups.
+
+Invariants: no GPU twice (Layout), engines of a layout are resident, and no pool above its budget at any instant: what it holds now counts
+until it is gone, so what it gets elsewhere waits for the next plan where both together were too much.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from nitsum.layout import Capacity as Limits
+from nitsum.layout import Group, Layout, TierShare
+from nitsum.planner.place import Placed
+from nitsum.planner.question import PoolQuestion
+from nitsum.planner.serve import Serving
+from nitsum.planner.types import NodePlan, NodeView, Plan, PoolPlan, Snapshot
+from nitsum.residency import Residency, ResidentEngine
+
+QUEUE_PER_RUNNING = 4
+"""Waiting requests that a group may hold for each running one."""
+ROOM = 1.5
+"""Limits over what is safe for one group alone: groups that share their tiers' arrivals take more than that, and limits that are too tight
+shed what would have been served in time."""
+SHELTERED, SHARE_MIN = 1e-3, 2e-3
+"""Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Of one pool. `serving` None: nothing about its groups can be computed now. `asleep`: demand is not known, limits stay."""
+
+    q: PoolQuestion
+    placed: tuple[Placed, ...]
+    serving: Serving | None
+    plan: PoolPlan
+    asleep: bool = False
+
+
+def as_placed(q: PoolQuestion, nodes: Iterable[NodeView] | None = None) -> list[Placed]:
+    """What runs of a pool; `nodes`: other than those it may use."""
+    gpus = {g.uuid: g for n in (q.nodes if nodes is None else nodes) for g in n.node.gpus}
+    return [
+        Placed(p, a, tuple(gpus[u] for u in uuids), tiers)
+        for (p, a, uuids), tiers in sorted(q.running.items())
+        if all(u in gpus for u in uuids)
+    ]
+
+
+def engine_id(q: PoolQuestion, first_index: int, tp_size: int) -> str:
+    return f"{q.pool.name.replace('/', '.')[:80]}-tp{tp_size}-{first_index}{q.mark}"
+
+
+def _affordable(d: Decided, snapshot: Snapshot) -> tuple[Placed, ...]:
+    """On one node what ends does so before what comes wakes, so there the larger of the two counts; between nodes both do."""
+    name = d.q.pool.name
+    before = {n.node.agent_id: {g.gpu_uuids: g.tp_size for g in n.layout.groups if g.pool == name} for n in snapshot.nodes}
+    held = {a: sum(groups.values()) for a, groups in before.items()}
+    most = d.q.pool.budget_gpus - len(set(snapshot.holds.get(name, ())))
+    total, after = sum(held.values()), dict.fromkeys(held, 0)
+    found = []
+    for p in sorted(d.placed, key=lambda p: (tuple(g.uuid for g in p.gpus) not in before[p.agent_id], p.key)):
+        new = after[p.agent_id] + len(p.gpus)
+        more = max(new - max(held[p.agent_id], after[p.agent_id]), 0)
+        if not more or total + more <= most:
+            after[p.agent_id], total = new, total + more
+            found.append(p)
+    return tuple(found)
+
+
+def compose(decided: list[Decided], snapshot: Snapshot, resident: bool = True) -> Plan:
+    """`resident` False: which engines are warm stays as it is."""
+    names = {p.name for p in snapshot.pools}
+    decided = [replace(d, placed=_affordable(d, snapshot)) for d in decided]
+    by_node: dict[str, list[tuple[Decided, Placed]]] = {n.node.agent_id: [] for n in snapshot.nodes}
+    for d in decided:
+        for p in d.placed:
+            by_node[p.agent_id].append((d, p))
+    ordered = sorted(snapshot.nodes, key=lambda n: n.node.agent_id)
+    wanted = {a: {(d.q.pool.name, tuple(g.uuid for g in p.gpus)) for d, p in found} for a, found in by_node.items()}
+    runs = {n.node.agent_id: {(g.pool, g.gpu_uuids) for g in n.layout.groups} for n in ordered}
+    changing = [
+        n.node.agent_id for n in ordered if n.schedulable and runs[n.node.agent_id] and runs[n.node.agent_id] != wanted[n.node.agent_id]
+    ]
+    late = set(changing[snapshot.settings.flips_at_once_max :])
+    limits: dict[tuple[str, int, tuple[str, ...]], tuple[tuple[TierShare, ...], Limits]] = {}
+    nodes = []
+    for n in ordered:
+        agent_id = n.node.agent_id
+        if not n.schedulable or agent_id in late:
+            kept = n.layout.groups if agent_id in late else tuple(g for g in n.layout.groups if g.pool in names)
+            nodes.append(NodePlan(agent_id, n.residency, Layout(kept)))
+            continue
+        groups = [_group(d, p, n, snapshot, limits) for d, p in by_node[agent_id]]
+        nodes.append(
+            NodePlan(
+                agent_id,
+                _residency(by_node[agent_id], n, groups) if resident else n.residency,
+                Layout(tuple(sorted(groups, key=lambda g: g.group_id))),
+            )
+        )
+    digest = hashlib.sha256(repr([(n.agent_id, n.residency, n.layout) for n in nodes]).encode()).hexdigest()
+    return Plan(digest[:12], tuple(nodes), tuple(d.plan for d in decided))
+
+
+def _group(
+    d: Decided,
+    p: Placed,
+    n: NodeView,
+    snapshot: Snapshot,
+    known: dict[tuple[str, int, tuple[str, ...]], tuple[tuple[TierShare, ...], Limits]],
+) -> Group:
+    uuids = tuple(g.uuid for g in p.gpus)
+    runs = next((g for g in n.layout.groups if g.pool == p.pool and g.gpu_uuids == uuids), None)
+    if runs is not None and (not runs.engine_id.endswith(d.q.mark) or runs.model != d.q.pool.model) and d.serving is not None:
+        runs = None  # other weights on the same GPUs
+    if runs is not None and d.serving is None:
+        return runs
+    if runs is not None and d.asleep:
+        tiers = {t.name for t in d.q.pool.tiers}
+        served = {s.tier for _, g in _groups_of(snapshot, p.pool) for s in g.shares}
+        shares = tuple(s for s in runs.shares if s.tier in tiers) + tuple(TierShare(t, 0.0) for t in sorted(tiers - served))
+        return replace(runs, shares=shares)
+    assert d.serving is not None
+    if (key := (p.pool, len(uuids), p.tiers)) not in known:
+        known[key] = _limits(d.q, d.serving, len(uuids), p.tiers, snapshot)
+    shares, limits = known[key]
+    name = engine_id(d.q, p.gpus[0].index, len(uuids))
+    if runs is not None:
+        return runs if (runs.shares, runs.capacity) == (shares, limits) else replace(runs, shares=shares, capacity=limits)
+    return Group(name, name, p.pool, d.q.pool.model, len(uuids), uuids, shares=shares, capacity=limits)
+
+
+def _groups_of(snapshot: Snapshot, pool: str) -> list[tuple[str, Group]]:
+    return [(n.node.agent_id, g) for n in snapshot.nodes for g in n.layout.groups if g.pool == pool]
+
+
+def _limits(
+    q: PoolQuestion, serving: Serving, tp_size: int, tiers: tuple[str, ...], snapshot: Snapshot
+) -> tuple[tuple[TierShare, ...], Limits]:
+    """Of each group of this kind: shares by flow; limits as its tiers' own, weighted by what they use of it."""
+    covered = serving.covered
+    # A tier that no group can hold the targets of, or that no group is left for, rides along everywhere.
+    along = [t.name for t in q.slo_tiers if t.name not in covered]
+    loosest = not q.slo_tiers or not tiers or q.slo_tiers[-1].name in tiers or q.slo_tiers[-1].name not in covered
+    if loosest:
+        along += q.background
+    kv_tokens = snapshot.step_times[q.pool.name].kv_capacity_tokens(tp_size, q.tps)
+    k = serving.kind(tp_size, tiers)
+    kind = serving.asked.kinds[k] if k is not None else None
+    flows = {t: serving.answer.flows.get((k, t), 0.0) for t in tiers} if k is not None else {}
+    total = sum(flows.values())
+    own = [t for t in tiers if t in flows and t not in serving.sheltered]
+    shares = tuple(TierShare(t, max(round(flows[t] / total, 3), SHARE_MIN) if total > 0 else round(1 / len(own), 3)) for t in own)
+    shares += tuple(TierShare(t, SHELTERED) for t in tiers if t in serving.sheltered)
+    shares += tuple(TierShare(t, 0.0) for t in dict.fromkeys(along))
+    if kind is None or not kind.rates:
+        return shares, Limits(0, kv_tokens, 0.0, 0)
+    able = [(t, rate, batch) for t, rate, batch in zip(kind.tiers, kind.rates, kind.batches, strict=True) if rate > 0]
+    if not able:  # it cannot hold their targets: one at a time is the best it can do
+        return shares, Limits(1, kv_tokens, 0.0, QUEUE_PER_RUNNING + 8)
+    uses = {t: max(flows[t] / rate, 1e-9) for t, rate, _ in able}
+    parts = [(uses[t] / sum(uses.values()), rate, batch, q.demand[t].prompt_tokens_mean) for t, rate, batch in able]
+    running = max(round(ROOM * sum(u * batch for u, _, batch, _ in parts)), 1)
+    rate = sum(u * rate for u, rate, _, _ in parts)
+    prefill = round(sum(u * rate * prompt for u, rate, _, prompt in parts), 1)
+    return shares, Limits(running, kv_tokens, prefill, _queue(q, tiers, rate, running))
+
+
+def _queue(q: PoolQuestion, tiers: tuple[str, ...], rate: float, running: int) -> int:
+    """As many as are started within the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
+
+    Groups so slow that this is hardly one keep a queue by what runs: there is little to protect.
+    """
+    ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in tiers and t.ttft_ms is not None), default=None)
+    within = ROOM * rate * ttft_ms / 1e3 if ttft_ms is not None else 0.0
+    return round(within) if within >= 2 else running * QUEUE_PER_RUNNING + 8
+
+
+def _residency(mine: list[tuple[Decided, Placed]], n: NodeView, groups: list[Group]) -> Residency:
+    """Every legal TP on every block of the GPUs that a pool holds on the node."""
+    engines: dict[str, ResidentEngine] = {}
+    for d in {d.q.pool.name: d for d, _ in mine}.values():
+        held = {g.uuid for other, p in mine if other.q.pool.name == d.q.pool.name for g in p.gpus}
+        for tp_size in d.q.tps:
+            for block in n.node.blocks(tp_size):
+                if {g.uuid for g in block} <= held:
+                    name = engine_id(d.q, block[0].index, tp_size)
+                    engines[name] = ResidentEngine(name, d.q.pool.model, tp_size, tuple(g.uuid for g in block))
+    for g in groups:
+        engines.setdefault(g.engine_id, ResidentEngine(g.engine_id, g.model, g.tp_size, g.gpu_uuids))
+    return Residency(tuple(engines[i] for i in sorted(engines)))

@@ -1,0 +1,132 @@
+"""The slow plane's fallback: groups one sort at a time, each the one whose group earns most per GPU on the demand that is still unmet.
+
+A step adds as many equal groups as earn the same, so the steps are bounded by pieces of demand and resources, not by the fleet. Shares
+`value` with the exact search; what it loses to it are flows, which `exact.solve(fixed=...)` finds again.
+"""
+
+import heapq
+
+from nitsum.planner.problem import Answer, Counts, Problem, value
+
+STEPS_MAX = 10_000
+
+
+class _Left:
+    """Demand and room that are left."""
+
+    def __init__(self, problem: Problem, start: Counts) -> None:
+        self.problem = problem
+        pieces = [w.pieces() for w in problem.wants]
+        self.need = [[width for width, _ in of] for of in pieces]
+        self.budget = dict(problem.budgets)
+        self.gpus = [c.nodes * c.gpus for c in problem.classes]
+        self.blocks = [{tp: n * c.nodes for tp, n in c.blocks.items()} for c in problem.classes]
+        self.runs = dict(problem.runs)
+        self.counts: Counts = {}
+        self.taken, self.changed = 0, [0] * len(problem.wants)
+        """Steps so far, and the last one that changed what a tier needs."""
+        self.members: list[tuple[int, ...]] = []
+        self.filled: list[tuple[int, float, list[tuple[int, int, float]]]] = [(-1, 0.0, [])] * len(problem.kinds)
+        index = {(w.pool, w.tier): t for t, w in enumerate(problem.wants)}
+        self.ways: list[list[tuple[float, float, int, int]]] = []
+        """By kind: (worth x rate, rate, want, piece), what earns most first."""
+        for kind in problem.kinds:
+            ways = [
+                (worth * rate, rate, t, piece)
+                for tier, rate in zip(kind.tiers, kind.rates, strict=True)
+                if rate > 0 and (t := index.get((kind.pool, tier))) is not None
+                for piece, (_, worth) in enumerate(pieces[t])
+            ]
+            self.ways.append(sorted(ways, key=lambda w: (-w[0], w[2], w[3])))
+            self.members.append(tuple({t for _, _, t, _ in ways}))
+        self.places = [
+            tuple(c for c, cls in enumerate(problem.classes) if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0)
+            for kind in problem.kinds
+        ]
+        for (c, k), n in sorted(start.items()):
+            self.take(c, k, n, self.fill(k, float(n))[1])
+
+    def fill(self, k: int, groups: float) -> tuple[float, list[tuple[int, int, float]]]:
+        """(what so many groups earn on what is left, the pieces they fill)."""
+        earned, left, filled = 0.0, groups, []
+        for density, rate, t, piece in self.ways[k]:
+            if left <= 1e-12:
+                break
+            if (need := self.need[t][piece]) <= 1e-12:
+                continue
+            got = min(need, left * rate)
+            if got > 1e-12:
+                earned += density / rate * got
+                left -= got / rate
+                filled.append((t, piece, got))
+        return earned, filled
+
+    def room(self, c: int, k: int) -> int:
+        kind = self.problem.kinds[k]
+        return max(
+            min(
+                self.budget.get(kind.pool, 0) // kind.tp_size,
+                self.gpus[c] // kind.tp_size,
+                self.blocks[c].get(kind.tp_size, 0),
+            ),
+            0,
+        )
+
+    def loss(self, c: int, k: int) -> float:
+        """Of one more group there: nothing where one of this pool and TP runs."""
+        kind = self.problem.kinds[k]
+        if not self.problem.runs or self.runs.get((c, kind.pool, kind.tp_size), 0) > 0:
+            return 0.0
+        return self.problem.new_loss(kind.pool, kind.tp_size)
+
+    def take(self, c: int, k: int, n: int, filled: list[tuple[int, int, float]]) -> None:
+        kind = self.problem.kinds[k]
+        self.counts[c, k] = self.counts.get((c, k), 0) + n
+        self.budget[kind.pool] = self.budget.get(kind.pool, 0) - n * kind.tp_size
+        self.gpus[c] -= n * kind.tp_size
+        self.blocks[c][kind.tp_size] = self.blocks[c].get(kind.tp_size, 0) - n
+        key = c, kind.pool, kind.tp_size
+        self.runs[key] = max(self.runs.get(key, 0) - n, 0)
+        self.taken += 1
+        for t, piece, got in filled:
+            self.changed[t] = self.taken
+            self.need[t][piece] = max(self.need[t][piece] - got, 0.0)
+
+    def best(self, k: int) -> tuple[float, int, list[tuple[int, int, float]]] | None:
+        """(what one more group earns per GPU, in which class, the pieces it fills); None: nothing, or no room."""
+        where = min(((self.loss(c, k), c) for c in self.places[k] if self.room(c, k) > 0), default=None)
+        if where is None:
+            return None
+        at, earned, filled = self.filled[k]
+        if at < 0 or any(self.changed[t] > at for t in self.members[k]):
+            earned, filled = self.fill(k, 1.0)
+            self.filled[k] = self.taken, earned, filled
+        gain = (earned - where[0]) / self.problem.kinds[k].tp_size
+        return (gain, where[1], filled) if gain > 1e-12 else None
+
+
+def solve(problem: Problem, start: Counts | None = None) -> Answer:
+    """From nothing, or from `start`, to which groups are only added.
+
+    What a kind earns never rises as others are added, so a kind is looked at again only when it comes to the top.
+    """
+    left = _Left(problem, start if start is not None and problem.legal(start) else {})
+    heap = [(-found[0], k) for k in range(len(problem.kinds)) if left.ways[k] and (found := left.best(k)) is not None]
+    heapq.heapify(heap)
+    for _ in range(STEPS_MAX):
+        if not heap:
+            break
+        before, k = heap[0]
+        if (found := left.best(k)) is None:
+            heapq.heappop(heap)
+            continue
+        gain, c, filled = found
+        if -gain > before + 1e-12:
+            heapq.heapreplace(heap, (-gain, k))
+            continue
+        n = min(int(min(left.need[t][piece] / got for t, piece, got in filled)), left.room(c, k))
+        if problem.runs and (running := left.runs.get((c, problem.kinds[k].pool, problem.kinds[k].tp_size), 0)) > 0:
+            n = min(n, running)  # beyond those that run the price changes
+        n = max(n, 1)
+        left.take(c, k, n, [(t, piece, got * n) for t, piece, got in filled])
+    return value(problem, left.counts, "greedy")

@@ -1,0 +1,200 @@
+"""The slow plane's question in numbers, and the one objective by which exact and greedy answers are compared.
+
+Identical nodes aggregate: what is decided is how many groups of each Kind run on nodes of each Class, and how much of each tier's rate
+flows through each kind. A kind's `rates[t]` is what one group could serve of tier t alone with every target of the kind held, so a mix
+holds while sum_t flow[t] / rates[t] <= groups.
+
+Score, per tier: weight x sum over PIECES of worth x rate in the piece - what the switch loses. The first piece ends at the tier's target
+share, which comes before more goodput; what lies beyond the demand is capacity for a surge and only breaks ties.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+SURGES = ((2.0, 1e-2), (4.0, 3e-3), (1e4, 1e-4))
+"""(multiple of the demand up to which the piece goes, worth of a request/s in it)."""
+REACH, REST = 11.0, 1.0
+"""Worth of a request/s up to the target, and from there up to the demand."""
+KEEP = 1e-3
+"""Cost of a group that did not run before, relative to a tier's score: between equals, what runs stays."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """Demand of one tier: requests/s with headroom, the share that must be met, its weight."""
+
+    pool: str
+    tier: str
+    rate: float
+    target: float
+    weight: float
+
+    def pieces(self) -> tuple[tuple[float, float], ...]:
+        """(width in requests/s, worth of one, weight included); worth falls from piece to piece, so filling them in order is optimal."""
+        ends = ((self.target, REACH), (1.0, REST), *SURGES)
+        starts = (0.0, *(end for end, _ in ends))
+        return tuple((self.rate * (end - start), self.weight * worth) for (end, worth), start in zip(ends, starts, strict=False))
+
+
+PIECES = 2 + len(SURGES)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Groups of one sort. `tiers` strictest first; `rates` requests/s, 0 where even one request breaks a target; `binding` what limits."""
+
+    pool: str
+    tp_size: int
+    tiers: tuple[str, ...]
+    rates: tuple[float, ...]
+    binding: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    """Requests that may run at once, if of one tier alone."""
+    held: float | None = None
+    """Not None: of one tier whose targets a group can hold at this rate only; `rates` is what some of its requests would meet beyond it."""
+
+    @property
+    def full(self) -> bool:
+        return self.held is None or self.held > 0
+
+    def rate(self, tier: str) -> float:
+        return self.rates[self.tiers.index(tier)] if tier in self.tiers else 0.0
+
+    @property
+    def label(self) -> str:
+        return f"TP{self.tp_size} for {'+'.join(self.tiers)}"
+
+
+@dataclass(frozen=True)
+class Class:
+    """Equal nodes: how many, GPUs of each, pools whose selector they match."""
+
+    nodes: int
+    gpus: int
+    pools: frozenset[str]
+    blocks: Mapping[int, int] = field(default_factory=dict)
+    """By TP: aligned blocks of one node (islands hold a group together)."""
+
+
+Counts = dict[tuple[int, int], int]
+"""Groups by (class index, kind index); zeros are left out."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    wants: tuple[Want, ...]
+    kinds: tuple[Kind, ...]
+    classes: tuple[Class, ...]
+    budgets: Mapping[str, int]
+    """GPUs by pool, less those that lost nodes may hold."""
+    runs: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
+    """Groups that run now by (class index, pool, TP)."""
+    flip_loss: Mapping[str, float] = field(default_factory=dict)
+    """By pool: score lost per GPU that changes its TP: pause x what a GPU earns / expected dwell."""
+
+    def legal(self, counts: Counts) -> bool:
+        """Budgets, nodes and blocks."""
+        used: dict[str, int] = {}
+        by_class: dict[int, int] = {}
+        for (c, k), n in counts.items():
+            kind, cls = self.kinds[k], self.classes[c]
+            if kind.pool not in cls.pools or n < 0:
+                return False
+            used[kind.pool] = used.get(kind.pool, 0) + n * kind.tp_size
+            by_class[c] = by_class.get(c, 0) + n * kind.tp_size
+        blocks: dict[tuple[int, int], int] = {}
+        for (c, k), n in counts.items():
+            blocks[c, self.kinds[k].tp_size] = blocks.get((c, self.kinds[k].tp_size), 0) + n
+        return (
+            all(n <= self.budgets.get(p, 0) for p, n in used.items())
+            and all(n <= self.classes[c].nodes * self.classes[c].gpus for c, n in by_class.items())
+            and all(n <= self.classes[c].nodes * self.classes[c].blocks.get(tp, 0) for (c, tp), n in blocks.items())
+        )
+
+    def new_loss(self, pool: str, tp_size: int) -> float:
+        """Of one group that did not run before."""
+        return tp_size * self.flip_loss.get(pool, 0.0) + KEEP
+
+    def switch_loss(self, counts: Counts) -> float:
+        """Of groups that are new on their class: GPUs x flip_loss, and KEEP for each."""
+        new: dict[tuple[int, str, int], int] = {}
+        for (c, k), n in counts.items():
+            key = c, self.kinds[k].pool, self.kinds[k].tp_size
+            new[key] = new.get(key, 0) + n
+        if not self.runs:
+            return 0.0
+        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2]) for key, n in new.items())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`served` and `safe` requests/s by (pool, tier), `safe` with the capacity left for surges; `flows` by (kind index, tier).
+    `by`: which solver."""
+
+    counts: Counts
+    score: float
+    served: Mapping[tuple[str, str], float]
+    safe: Mapping[tuple[str, str], float]
+    flows: Mapping[tuple[int, str], float]
+    by: str
+    note: str = ""
+
+
+def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
+    """Score of `counts`, flows filled greedily, what earns most per group first. Never above the optimum of the flow problem."""
+    groups: dict[int, float] = {}
+    for (_, k), n in counts.items():
+        groups[k] = groups.get(k, 0.0) + n
+    left = {k: float(n) for k, n in groups.items()}
+    served = {(w.pool, w.tier): 0.0 for w in problem.wants}
+    safe = dict(served)
+    flows: dict[tuple[int, str], float] = {}
+    score = -problem.switch_loss(counts)
+    pieces = {(w.pool, w.tier): [list(piece) for piece in w.pieces()] for w in problem.wants}
+    ways = [
+        (-worth * problem.kinds[k].rate(w.tier), len(problem.kinds[k].tiers), w.pool, w.tier, piece, k)
+        for w in problem.wants
+        for piece, (_, worth) in enumerate(w.pieces())
+        for k in groups
+        if problem.kinds[k].pool == w.pool and problem.kinds[k].rate(w.tier) > 0
+    ]
+    for _, _, pool, tier, piece, k in sorted(ways):
+        need, worth = pieces[pool, tier][piece]
+        rate = problem.kinds[k].rate(tier)
+        got = min(need, left[k] * rate)
+        if got > 1e-12:
+            left[k] -= got / rate
+            pieces[pool, tier][piece][0] -= got
+            safe[pool, tier] += got
+            flows[k, tier] = flows.get((k, tier), 0.0) + got
+            score += worth * got
+    for w in problem.wants:
+        served[w.pool, w.tier] = min(safe[w.pool, w.tier], w.rate)
+    return Answer(dict(counts), score, served, safe, flows, by, note)
+
+
+SHORT = 0.95
+"""A tier of which less is served is short of groups."""
+LESS = 0.2
+"""Part of what is lacking that a change must bring, to count for those that are short."""
+
+
+def lack(problem: Problem, answer: Answer) -> float:
+    """Worth of the demand that is not served, of tiers that are short."""
+    lost = 0.0
+    for w in problem.wants:
+        if (got := answer.served[w.pool, w.tier]) < SHORT * w.rate:
+            reached = max(w.target * w.rate - got, 0.0)
+            lost += w.weight * (REACH * reached + REST * (w.rate - max(got, w.target * w.rate)))
+    return lost
+
+
+def wins(problem: Problem, best: Answer, stays: Answer, gain_min: float) -> bool:
+    """Whether `best` replaces `stays`: it earns more by `gain_min`, or takes enough from what tiers lack that are short. The latter,
+    since a tier with few requests or little weight would never be worth a part of the whole."""
+    if best.score <= stays.score + 1e-9:
+        return False
+    if best.score > stays.score * (1 + gain_min):
+        return True
+    before = lack(problem, stays)
+    return before > 0 and before - lack(problem, best) > LESS * before

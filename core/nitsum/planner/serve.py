@@ -1,0 +1,94 @@
+"""Which of a pool's groups serve which tiers, given their widths: what can change each second, since nothing restarts.
+
+Groups of one TP are alike, so what is sought are counts of kinds again, by the slow plane's greedy search with every width fixed. A looser
+tier shares a stricter one's groups (borrows) only as a kind of both, whose rates hold the strictest targets of the two. What serves now
+stays while it meets all demand, or no other labelling earns more by `gain_min`: labels must not tremble with demand.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from nitsum.planner import greedy
+from nitsum.planner.place import Placed, Running, Slot, labelled
+from nitsum.planner.problem import Answer, Class, Counts, Kind, Problem, value, wins
+from nitsum.planner.question import PoolQuestion, nearest, wants
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Labels of a pool's groups, and the flows of each tier through them. `kinds`: by TP and tiers."""
+
+    placed: tuple[Placed, ...]
+    asked: Problem
+    answer: Answer
+    sheltered: frozenset[str] = frozenset()
+    """Tiers that no group is left for: one takes them in."""
+
+    @cached_property
+    def covered(self) -> frozenset[str]:
+        return frozenset(t for p in self.placed for t in p.tiers)
+
+    def kind(self, tp_size: int, tiers: tuple[str, ...]) -> int | None:
+        exact = next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
+        return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, tp_size, tiers)
+
+
+def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
+    """For groups that no demand needs: as many tiers as one group can hold the targets of, loosest first."""
+    able = [i for i, k in enumerate(kinds) if k.tp_size == tp_size and k.rates and min(k.rates) > 0]
+    some = able or [i for i, k in enumerate(kinds) if k.tp_size == tp_size]
+    return max(some, key=lambda i: (len(kinds[i].tiers), i), default=None)
+
+
+def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float) -> Serving:
+    """`placed`: the pool's groups with the tiers they serve now (or shall, for those that are new)."""
+    name, widths = q.pool.name, Counter(len(p.gpus) for p in placed)
+    tps = sorted(widths)
+    mine = tuple(k for k in kinds if k.pool == name and k.tp_size in widths)
+    classes = tuple(Class(widths[tp], tp, frozenset({name}), {tp: 1}) for tp in tps)
+    asked = Problem(tuple(wants(q)), mine, classes, {name: sum(tp * n for tp, n in widths.items())})
+    if not q.slo_tiers or not mine:
+        return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
+    now: Counts = {}
+    for (tp_size, tiers), n in Counter((len(p.gpus), p.tiers) for p in placed).items():
+        if (k := nearest(mine, name, tp_size, tiers)) is not None:
+            key = tps.index(tp_size), k
+            now[key] = now.get(key, 0) + n
+    chosen = value(asked, now, "as it serves")
+    if any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
+        best = greedy.solve(asked)
+        chosen = best if wins(asked, best, chosen, gain_min) else chosen
+    counts = dict(chosen.counts)
+    for c, tp_size in enumerate(tps):
+        idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)
+        if idle and (k := _whole(mine, tp_size)) is not None:
+            counts[c, k] = counts.get((c, k), 0) + idle
+    answer = value(asked, counts, chosen.by) if counts != chosen.counts else chosen
+    running: Running = {p.key: p.tiers for p in placed}
+    found: list[Placed] = []
+    for c, tp_size in enumerate(tps):
+        slots = [Slot(name, tp_size, mine[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c]
+        blocks = [(p.agent_id, p.gpus) for p in placed if len(p.gpus) == tp_size]
+        found += labelled(name, slots, blocks, running)
+    missing = frozenset(t.name for t in q.slo_tiers) - {t for p in found for t in p.tiers}
+    return Serving(tuple(sorted(_sheltered(q, found), key=lambda p: p.key)), asked, answer, missing)
+
+
+def _sheltered(q: PoolQuestion, found: list[Placed]) -> list[Placed]:
+    """A tier that no group is left for goes to one of the loosest: on all of them its prompts would break what the others hold."""
+    order = [t.name for t in q.slo_tiers]
+    missing = [t for t in order if not any(t in p.tiers for p in found)]
+    if not missing or len(found) < 2:
+        return found
+    one = max(found, key=lambda p: (max((order.index(t) for t in p.tiers if t in order), default=-1), p.key))
+    return [replace(p, tiers=tuple(t for t in order if t in (*p.tiers, *missing))) if p is one else p for p in found]
+
+
+def as_kinds(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float) -> Running:
+    """What runs, with the labels that it would get."""
+    return {p.key: p.tiers for p in serve(q, kinds, placed, gain_min).placed}
+
+
+def relabelled(placed: list[Placed], labels: Running) -> list[Placed]:
+    return [replace(p, tiers=labels.get(p.key, p.tiers)) for p in placed]

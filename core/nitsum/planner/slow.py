@@ -1,0 +1,246 @@
+"""The slow plane: which GPUs, at which TP, for which tiers. Any number of pools share the fleet under their budgets.
+
+1. What runs is first made to fit what is asked: groups that the spec, the model, the GPUs or the budget no longer have room for end, idle
+   GPUs are filled. That is repair, in every mode; anything more is a change, and must win.
+2. Pools that may not change now (no fresh demand, a flip running, cooling down, not Active) get no more than that; their GPUs are barred
+   to others.
+3. For the rest one joint Problem. `base`: what runs after repair, with the best labels. `best`: the better of exact (HiGHS) and greedy. It
+   replaces `base` only where its score, less what the switch loses, is more by `gain_min`.
+4. Counts become GPUs with the least disturbance; which tiers each group serves is the fast plane's business (`serve`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from nitsum.planner import exact, greedy
+from nitsum.planner.capacity import Capacity
+from nitsum.planner.compose import Decided, as_placed, compose
+from nitsum.planner.place import Placed, Running, Slot, place
+from nitsum.planner.problem import Answer, Counts, Problem, value, wins
+from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem
+from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
+from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
+from nitsum.planner.words import describe, goodput, outlook, profile, shape
+from nitsum.pool import AdaptationMode
+
+
+def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
+    """Why the pool must keep its layout now; empty: it may change."""
+    settings = snapshot.settings
+    if not q.running:
+        return ""
+    if stale(q, snapshot, now):
+        return "no fresh demand report: the last safe layout stays"
+    mine = {agent_id for _, agent_id, _ in q.running}
+    if any(n.flipping for n in q.nodes if n.node.agent_id in mine) or any(d.frozen for d in snapshot.demand if d.pool == q.pool.name):
+        return "a flip is running"
+    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
+    if flipped and now - max(flipped) < settings.cooldown_s:
+        return f"cooling down for {settings.cooldown_s:g} s after the last flip"
+    return ""
+
+
+def stale(q: PoolQuestion, snapshot: Snapshot, now: float) -> bool:
+    fresh = [d for d in snapshot.demand if d.pool == q.pool.name]
+    return not fresh or all(now - d.observed_at > snapshot.settings.stale_after_s for d in fresh)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A pool that gets no more than repair."""
+
+    q: PoolQuestion
+    why: str
+
+
+class SlowPlane:
+    """Implements `Planner`, both planes together. Remembers capacities between calls; equal snapshots give equal plans all the same."""
+
+    def __init__(self, use_exact: bool = True, governed: bool = False) -> None:
+        """`governed`: engines size their prefill steps by TPOT."""
+        self._capacity, self._use_exact = Capacity(governed), use_exact
+
+    def __call__(self, snapshot: Snapshot, now: float) -> Plan:
+        questions = [ask(p, snapshot) for p in sorted(snapshot.pools, key=lambda p: p.name)]
+        why = {q.pool.name: q.blocked or hold(q, snapshot, now) for q in questions}
+        kept = [
+            _Kept(q, why[q.pool.name]) for q in questions if why[q.pool.name] or (q.running and q.pool.mode is not AdaptationMode.ACTIVE)
+        ]
+        moves = [q for q in questions if q not in [k.q for k in kept]]
+        # What a pool that may not change has, also what it loses only now, is not for others in this plan.
+        barred = frozenset(u for k in kept for _, _, uuids in k.q.had for u in uuids)
+        decided = self._decide(moves, snapshot, barred) if moves else []
+        used = set(barred) | {g.uuid for d in decided for p in d.placed for g in p.gpus}
+        for k in kept:
+            decided.append(self._keep(k, snapshot, used, stale(k.q, snapshot, now)))
+        return compose(sorted(decided, key=lambda d: d.q.pool.name), snapshot)
+
+    def _keep(self, kept: _Kept, snapshot: Snapshot, used: set[str], asleep: bool) -> Decided:
+        """What runs, repaired; `used` grows by what is filled. Also says what a pool that may not change would do."""
+        q, why = kept.q, kept.why
+        name, settings = q.pool.name, snapshot.settings
+        if q.blocked:
+            return Decided(
+                q, tuple(as_placed(q, snapshot.nodes)), None, PoolPlan(name, q.gpus, 0.0, (), (why,), verdict=Verdict.BLOCKED), True
+            )
+        found = kinds(q, snapshot, self._capacity)
+        placed = as_placed(q)
+        ended = {u for _, _, uuids in q.had for u in uuids} - {u for _, _, uuids in q.running for u in uuids}
+        placed = fill([q], placed, used - ended, max(len(p.gpus) for p in placed))
+        used |= {g.uuid for p in placed for g in p.gpus}
+        serving = serve(q, found, placed, settings.gain_min)
+        reasons, would = [profile(q, snapshot), *_repaired(q, placed)], False
+        rejected: tuple[str, ...] = ()
+        if not why:
+            own = frozenset(g.uuid for p in placed for g in p.gpus)
+            asked, _, _ = problem([q], snapshot, self._capacity, frozenset(used) - own)
+            best, current = self._best(asked), self._at_best(serving.asked, serving.answer)
+            was = describe(len(p.gpus) for p in placed)
+            would = wins(asked, best, current, settings.gain_min)
+            to = shape(asked, best.counts, name)
+            why = f"{q.pool.mode}: would change {was} to {to}" if would else f"{q.pool.mode}: {was} stays"
+            rejected = (f"{to}: {goodput(q, best):.2f} requests/s, but the mode is {q.pool.mode}",) if would else ()
+        verdict = Verdict.KEEP if {p.key for p in placed} == set(q.had) else Verdict.CHANGE
+        plan = PoolPlan(
+            name,
+            sum(len(p.gpus) for p in placed),
+            goodput(q, serving.answer),
+            outlook(q, found, serving),
+            (*reasons, why),
+            rejected,
+            verdict,
+            would,
+        )
+        return Decided(q, serving.placed, serving, plan, asleep)
+
+    def _at_best(self, asked: Problem, answer: Answer) -> Answer:
+        """The same groups with the best flows through them, so that answers are compared at their best."""
+        if not self._use_exact or not answer.counts:
+            return answer
+        try:
+            found = exact.solve(asked, fixed=answer.counts, by=answer.by)
+        except Exception:  # boundary to a foreign solver; the greedy flows stand
+            return answer
+        return found if found is not None and found.score > answer.score else answer
+
+    def _best(self, asked: Problem) -> Answer:
+        """The better of exact and greedy. A solver that fails is no reason to stand still."""
+        fallback = self._at_best(asked, greedy.solve(asked))
+        if not self._use_exact:
+            return fallback
+        try:
+            found = exact.solve(asked, start=fallback)
+        except Exception as e:  # boundary to a foreign solver
+            return replace(fallback, note=f"the exact solver failed ({type(e).__name__}: {e}); greedy decided")
+        if found is None:
+            return replace(fallback, note="the exact solver found nothing; greedy decided")
+        return found if found.score >= fallback.score else replace(fallback, note="greedy found more than the bounded exact search")
+
+    def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, barred: frozenset[str]) -> list[Decided]:
+        gain_min = snapshot.settings.gain_min
+        asked, members, _ = problem(moves, snapshot, self._capacity, barred)
+        runs = {q.pool.name: relabelled(as_placed(q), as_kinds(q, asked.kinds, as_placed(q), gain_min)) for q in moves}
+        running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
+        counts = counts_of(asked.kinds, members, running)
+        current = self._at_best(asked, value(asked, counts, "as it runs"))
+        losses = {q.pool.name: flip_loss(q, snapshot, _score(asked, current, q.pool.name)) for q in moves if q.running}
+        asked = replace(asked, flip_loss=losses)
+        base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
+        best = self._best(asked)
+        change = not counts or wins(asked, best, base, gain_min)
+        placed = _placed(asked, best.counts, members, running, barred) if change else None
+        answer = best if placed is not None else base
+        if placed is None:
+            change = False
+            kept = [p for ps in runs.values() for p in ps]
+            added = {key: n for key, got in base.counts.items() if (n := got - counts.get(key, 0)) > 0}
+            placed = kept + (_placed(asked, added, members, {}, barred | {g.uuid for p in kept for g in p.gpus}) or [])
+        placed = fill(moves, placed, set(barred))
+        decided = []
+        for q in moves:
+            mine = [p for p in placed if p.pool == q.pool.name]
+            serving = serve(q, asked.kinds, mine, gain_min)
+            decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change)))
+        return decided
+
+
+def _repaired(q: PoolQuestion, placed: Iterable[Placed]) -> list[str]:
+    after = list(placed)
+    if {p.key for p in after} == set(q.had) or not q.had:
+        return []
+    return [f"what it may use changed: {describe(len(u) for _, _, u in q.had)} -> {describe(len(p.gpus) for p in after)}"]
+
+
+def _plan(
+    q: PoolQuestion, snapshot: Snapshot, asked: Problem, serving: Serving, answers: tuple[Answer, Answer, Answer, Answer], change: bool
+) -> PoolPlan:
+    """Reasons of a pool that could change."""
+    current, base, best, answer = answers
+    settings, name = snapshot.settings, q.pool.name
+    was, will = describe(len(u) for _, _, u in q.running), describe(len(p.gpus) for p in serving.placed)
+    same = {p.key for p in serving.placed} == set(q.running)
+    reasons = [profile(q, snapshot), *([best.note] if best.note else [])]
+    before, after = goodput(q, current), goodput(q, answer)
+    if q.had and set(q.running) != set(q.had):
+        reasons.append(f"what it may use changed: {describe(len(u) for _, _, u in q.had)} -> {was}")
+    if q.had and not q.running:
+        reasons.append(f"nothing that runs fits the spec or the GPUs any more: {will}")
+    elif not q.running:
+        reasons.append(f"first layout: {will}")
+    elif same:
+        gain = best.score / base.score - 1 if base.score > 0 else 0.0
+        reasons.append(f"{was} stays: the best other shape gains {max(gain, 0):.0%}, {settings.gain_min:.0%} is asked")
+    elif not change:
+        reasons.append(f"its GPUs changed: {was} -> {will}")
+    else:
+        reasons.append(f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s, expected to last {settings.dwell_s:g} s")
+    rejected = []
+    if change and q.running:
+        rejected.append(f"{was} as it runs: expected goodput {before:.2f} requests/s, score {base.score:.2f} against {best.score:.2f}")
+    if not change and best.counts != base.counts:
+        rejected.append(f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, best):.2f} requests/s, not worth the switch")
+    verdict = Verdict.KEEP if {p.key for p in serving.placed} == set(q.had) else Verdict.CHANGE
+    gpus = sum(len(p.gpus) for p in serving.placed)
+    return PoolPlan(name, gpus, goodput(q, serving.answer), outlook(q, asked.kinds, serving), tuple(reasons), tuple(rejected), verdict)
+
+
+def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], running: Running, barred: frozenset[str]) -> list[Placed] | None:
+    found: list[Placed] = []
+    for c, nodes in enumerate(members):
+        slots = [
+            Slot(asked.kinds[k].pool, asked.kinds[k].tp_size, asked.kinds[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c
+        ]
+        part = place(slots, nodes, running, barred)
+        if part is None:
+            return None
+        found += part
+    return found
+
+
+def fill(questions: list[PoolQuestion], placed: list[Placed], barred: set[str], widest: int = 1 << 30) -> list[Placed]:
+    """GPUs that nothing uses: the widest group that fits within the budget, for every tier (smallest where there is no SLO)."""
+    used = barred | {g.uuid for p in placed for g in p.gpus}
+    result = list(placed)
+    for q in questions:
+        left = q.budget - sum(len(p.gpus) for p in result if p.pool == q.pool.name)
+        tiers = tuple(t.name for t in q.slo_tiers)
+        for tp_size in sorted((t for t in q.tps if t <= widest), reverse=bool(tiers)):
+            for n in q.nodes if tp_size <= left else ():
+                for block in n.node.blocks(tp_size):
+                    if tp_size <= left and not used & {g.uuid for g in block}:
+                        used |= {g.uuid for g in block}
+                        left -= tp_size
+                        result.append(Placed(q.pool.name, n.node.agent_id, block, tiers))
+    return sorted(result, key=lambda p: p.key)
+
+
+def _score(asked: Problem, answer: Answer, pool: str) -> float:
+    """What one pool's tiers earn."""
+    earned = 0.0
+    for w in asked.wants:
+        if w.pool == pool:
+            left = answer.safe[w.pool, w.tier]
+            for width, worth in w.pieces():
+                earned += min(left, width) * worth
+                left -= min(left, width)
+    return earned

@@ -1,0 +1,65 @@
+"""What a plan says of itself: shapes, goodput, outlook by tier."""
+
+from collections.abc import Iterable
+
+from nitsum.planner.problem import Answer, Counts, Kind, Problem
+from nitsum.planner.question import PoolQuestion
+from nitsum.planner.serve import Serving
+from nitsum.planner.types import Snapshot, TierOutlook
+
+
+def describe(groups: Iterable[int]) -> str:
+    """TP degrees as people say them."""
+    widths = list(groups)
+    return " + ".join(f"{widths.count(tp)}xTP{tp}" for tp in sorted(set(widths))) or "nothing"
+
+
+def profile(q: PoolQuestion, snapshot: Snapshot) -> str:
+    times = snapshot.step_times[q.pool.name]
+    return f"profile {getattr(times, 'name', '?')} ({times.origin})"
+
+
+def shape(asked: Problem, counts: Counts, pool: str) -> str:
+    mine: dict[str, int] = {}
+    for (_, k), n in sorted(counts.items()):
+        if asked.kinds[k].pool == pool:
+            mine[asked.kinds[k].label] = mine.get(asked.kinds[k].label, 0) + n
+    return ", ".join(f"{n} x {label}" for label, n in mine.items()) or "nothing"
+
+
+def goodput(q: PoolQuestion, answer: Answer) -> float:
+    return sum(answer.served.get((q.pool.name, t.name), 0.0) for t in q.slo_tiers)
+
+
+def _held(serving: Serving, tier: str) -> float:
+    """requests/s of a tier at which its share is met, by the groups that it flows through."""
+    total = 0.0
+    for (_, k), n in serving.answer.counts.items():
+        kind = serving.asked.kinds[k]
+        if serving.answer.flows.get((k, tier), 0.0) > 0:
+            total += n * kind.held if kind.held is not None else serving.answer.flows[k, tier]
+    return total
+
+
+def outlook(q: PoolQuestion, kinds: tuple[Kind, ...], serving: Serving) -> tuple[TierOutlook, ...]:
+    """`binding` of a tier that no TP can serve alone says so: no number of GPUs would help."""
+    found = []
+    answer = serving.answer
+    for t in q.slo_tiers:
+        key = q.pool.name, t.name
+        rate = q.demand[t.name].rate
+        served, safe = answer.served.get(key, 0.0), answer.safe.get(key, 0.0)
+        alone = [k for k in kinds if k.pool == q.pool.name and k.tiers == (t.name,)]
+        used = [serving.asked.kinds[k] for (k, tier), flow in sorted(answer.flows.items()) if tier == t.name and flow > 0]
+        if used:
+            binding = used[0].binding[used[0].tiers.index(t.name)] + f" at TP {used[0].tp_size}"
+        elif any(k.rate(t.name) > 0 and k.full for k in alone):
+            binding = "GPUs: no group is left for it"
+        else:
+            binding = ""
+        if not any(k.rate(t.name) > 0 and k.full for k in alone):
+            binding = " or ".join(sorted({k.binding[0] for k in alone})) + " at every TP"
+        partly = any(k.held is not None for k in used)  # more is served than meets its targets
+        held = (min(served, _held(serving, t.name)) if partly else served) >= t.target * rate - 1e-9
+        found.append(TierOutlook(t.name, rate, safe, held, binding))
+    return tuple(found)

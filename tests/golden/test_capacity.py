@@ -1,0 +1,141 @@
+"""The analytic safe rate against the simulated engine, over a grid of lengths, targets, burstiness, TP and governor.
+
+What is asserted are the bounds of the error; `python -m tests.golden.test_capacity` prints it case by case, over more cases.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from nitsum.attainment import Goal, Group, Lengths, safe
+from nitsum.perf.profile import load_shipped
+from nitsum.sim.arrivals import synthetic
+from nitsum.sim.engine import Engine, EngineLimits, Happened, Seq
+from nitsum.sim.policies.governor import CHUNKS, CTX, SPARE
+from nitsum.sim.steptimes import StepTimes
+from nitsum.sim.workload import Length, Synthetic
+
+MODEL = load_shipped("llama-3.1-8b-instruct.h100_sxm")
+RESIDENT = (1, 2, 4, 8)
+TIMES = {tp: StepTimes(MODEL, tp) for tp in RESIDENT}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`prompt` and `output`: (mean, cv)."""
+
+    tp_size: int
+    prompt: tuple[float, float]
+    output: tuple[float, float]
+    cv: float
+    ttft_ms: float | None
+    tpot_ms: float | None
+    governed: bool = False
+
+    @property
+    def goal(self) -> Goal:
+        return Goal(self.ttft_ms, self.tpot_ms, 0.95)
+
+
+def lengths(mean: float, cv: float) -> Lengths:
+    if not cv:
+        return Lengths(mean)
+    sigma = math.sqrt(math.log(1 + cv**2))
+    return Lengths(mean, mean * math.exp(1.2816 * sigma - sigma**2 / 2))
+
+
+def chunk(c: Case, batch: int, rate: float) -> int | None:
+    """As the simulator's governor sizes it."""
+    if not c.governed or c.tpot_ms is None:
+        return None
+    steps = [(n, TIMES[c.tp_size].mixed([(n, 0)], max(batch, 1), CTX)) for n in CHUNKS]
+    within = max((n for n, ms in steps if ms <= c.tpot_ms), default=CHUNKS[0])
+    return max(within, next((n for n, ms in steps if n / ms * 1e3 >= SPARE * rate * c.prompt[0]), CHUNKS[-1]))
+
+
+def attained(c: Case, rate: float, requests: int, mixed: int | None) -> float:
+    """Share of the requests that meet both targets, after a fifth of the time."""
+    duration = max(requests / rate, 60.0)
+    spec = Synthetic(c.cv, Length(*c.prompt), Length(*c.output))
+    at, prompt, output = synthetic(spec, duration, rate, np.random.default_rng(7))
+    engine = Engine(TIMES[c.tp_size], MODEL.kv_capacity_tokens(c.tp_size, RESIDENT), EngineLimits(mixed_tokens=mixed))
+    first, last = np.zeros(len(at)), np.zeros(len(at))
+
+    def run(until: float) -> None:
+        while engine.next_at <= until:
+            now = engine.next_at
+            for what, seq in engine.advance():
+                (first if what is Happened.FIRST else last)[seq.rid] = now
+
+    for i in range(len(at)):
+        run(at[i])
+        engine.submit(Seq(i, int(prompt[i]), int(output[i]), int(output[i])), float(at[i]))
+    run(1e12)
+    met = np.ones(len(at), dtype=bool)
+    if c.ttft_ms is not None:
+        met &= (first - at) * 1e3 <= c.ttft_ms
+    if c.tpot_ms is not None:
+        met &= (output == 1) | ((last - first) * 1e3 <= c.tpot_ms * (output - 1))
+    return float(met[at > 0.2 * duration].mean())
+
+
+def safe_rate(c: Case) -> tuple[float, int | None]:
+    prompt, output = lengths(*c.prompt), lengths(*c.output)
+    found = safe(Group(MODEL, c.tp_size, prompt, output, c.cv**2, c.governed, None, RESIDENT), c.goal)
+    return found.rate, chunk(c, found.batch, found.rate)
+
+
+def simulated_rate(c: Case, guess: float, mixed: int | None, requests: int) -> float:
+    """The largest rate that is attained, within 5 %."""
+    low = high = guess
+    while attained(c, high, requests, mixed) >= 0.95 and high < 4 * guess:
+        low, high = high, high * 1.3
+    while low == high or (low > 0.05 * guess and attained(c, low, requests, mixed) < 0.95):
+        low, high = low / 1.3, low
+    while high > 1.05 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if attained(c, middle, requests, mixed) >= 0.95 else (low, middle)
+    return low
+
+
+def grid(tps: tuple[int, ...], targets: tuple[tuple[float | None, float | None], ...]) -> Iterator[Case]:
+    shapes = (((1000, 0.8), (200, 1.0)), ((4000, 1.0), (300, 0.8)), ((200, 0.5), (400, 0.5)), ((2000, 0), (100, 0)))
+    for tp, (prompt, output), cv, (ttft, tpot), governed in itertools.product(tps, shapes, (1.0, 2.0), targets, (False, True)):
+        if not governed or tpot is not None:
+            yield Case(tp, prompt, output, cv, ttft, tpot, governed)
+
+
+CASES = [c for c in grid((1, 4), ((500, 20), (1000, 40))) if c.cv == 1.0 or c.prompt[0] == 1000]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_safe_rate_is_safe_and_not_far_too_low(case: Case) -> None:
+    """At the rate said most meet their targets; at twice that rate, clearly fewer than asked do."""
+    rate, mixed = safe_rate(case)
+    assert rate > 0
+    assert attained(case, rate, 800, mixed) >= 0.9
+    assert attained(case, 2 * rate, 800, mixed) < 0.95
+
+
+def test_targets_that_a_lone_request_breaks_have_no_safe_rate() -> None:
+    for ttft, tpot, binding in ((10, 100, "TTFT"), (1000, 3, "TPOT")):
+        found = safe(Group(MODEL, 1, Lengths(2000), Lengths(200), 1.0, False, None, RESIDENT), Goal(ttft, tpot, 0.95))
+        assert (found.rate, found.binding) == (0.0, binding)
+
+
+if __name__ == "__main__":
+    ratios = []
+    for case in grid((1, 2, 4, 8), ((300, 20), (1000, 30), (None, 15), (2000, 80))):
+        rate, mixed = safe_rate(case)
+        true = simulated_rate(case, max(rate, 0.2), mixed, 1500)
+        print(case, f"{rate:.2f} simulated {true:.2f}", flush=True)
+        if rate > 0:
+            ratios.append(rate / true)
+    quantiles = ", ".join(f"p{q} {np.quantile(ratios, q / 100):.2f}" for q in (5, 25, 50, 75, 95))
+    print(
+        f"safe rate / simulated rate over {len(ratios)} cases: {quantiles}; more than 10 % too high: {np.mean(np.array(ratios) > 1.1):.1%}"
+    )
