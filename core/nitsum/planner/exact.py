@@ -7,6 +7,7 @@ d[c,p,tp] groups beyond those that run. maximise sum weight x worth x g - loss x
 
 import highspy
 import numpy as np
+from highspy._core import _Highs
 from scipy.sparse import coo_matrix
 
 from nitsum.planner.problem import PIECES, Answer, Counts, Problem
@@ -56,7 +57,7 @@ def _run(
     if integers:
         kinds = [highspy.HighsVarType.kInteger] * integers + [highspy.HighsVarType.kContinuous] * (len(cost) - integers)
         lp.integrality_ = kinds
-    solver = highspy.Highs()
+    solver = _Highs()  # the wrapper's constructor prints a banner before it can be told to be silent
     for option, value in {
         "output_flag": False,
         "threads": 1,
