@@ -11,6 +11,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
 from nitsum.demand import TierDemand
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, PlannerSettings, Snapshot, v0
@@ -19,9 +23,6 @@ from nitsum.planner.slow import SlowPlane
 from nitsum.planner.types import Planner
 from nitsum.pool import Pool, Tier
 from nitsum.topology import Gpu, Node
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 PROFILE = load_shipped("llama-3.1-8b-instruct.h100_sxm")
