@@ -139,12 +139,19 @@ async def test_abort_ends_one_and_park_ends_all(awake) -> None:
     await park
     assert {d.finish.kind for d in ended.values()} == {KIND.KIND_ABORTED}
     assert not any(d.token_ids for d in ended.values())
-    # The last step's clean-up may still be under way when its deltas are here.
-    for _ in range(100):
-        if await awake.flush_cache():
-            return
+    # A pause right behind the step that ended the last request keeps it in SGLang's batch, its KV given back, until the next wake.
+    if not await flushes(awake):
+        await awake.wake()
+        assert await flushes(awake), "an engine without requests does not flush"
+
+
+async def flushes(engine: SchedulerEngine) -> bool:
+    """Within a second: the last step's clean-up may still be under way when its deltas are here."""
+    for _ in range(20):
+        if await engine.flush_cache():
+            return True
         await asyncio.sleep(0.05)
-    raise AssertionError("a parked, empty engine does not flush")
+    return False
 
 
 async def test_warm_up_and_its_own_log(engine) -> None:
