@@ -34,7 +34,7 @@ preflight: ## What this machine lacks, each with its remedy
 
 .PHONY: sync
 sync: $(if $(filter .nitsum/%,$(UV)),.nitsum/uv/bin/uv) ## The Python environment, as uv.lock says
-	@$(UV) sync --frozen --extra engine --extra profile --group models
+	@$(UV) sync --frozen --extra engine --extra profile --extra report --group models
 
 .PHONY: generate
 generate: sync ## Python code of the protobuf contracts
