@@ -18,7 +18,9 @@ MARKED = 0.9
 
 
 def html(name: str, figure: go.Figure) -> str:
-    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+    # Buttons are named one by one: Plotly's own set has one that uploads the figure to its cloud.
+    buttons = ["toImage", "zoom2d", "pan2d", "resetScale2d"]
+    config = {"displaylogo": False, "responsive": True, "modeBarButtons": [buttons], "plotlyServerURL": ""}
     text: str = figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, div_id=name, config=config)
     return text
 

@@ -46,13 +46,19 @@ def _means(starts: list[float], values: list[float], edges: list[float]) -> list
     return [(until(b) - until(a)) / (b - a) for a, b in pairwise(edges)]
 
 
+def _stripes(fill: str, shape: str) -> dict[str, object]:
+    return {"shape": shape, "bgcolor": fill, "fgcolor": "#ffffff", "fgopacity": 0.6, "size": 9, "solidity": 0.15} if shape else {}
+
+
 def layout(results: Mapping[str, RunResult], gpus: int, tiers: list[str]) -> go.Figure:
     """`gpus`: the most there can be. Hue says which tiers, lightness which TP: the darker, the more GPUs work as one.
 
-    A tier alone has its hue of the other pictures; sets of several have those that are left.
+    A tier alone has its hue of the other pictures; sets of several have those that are left, striped.
     """
     found = {name: steps(r.layouts, r.duration_s) for name, r in results.items()}
-    kinds = sorted({k for _, by_kind in found.values() for k in by_kind} - {FLIPPING}, key=lambda k: (len(k[0]), k))
+    kinds = sorted(
+        {k for _, by_kind in found.values() for k in by_kind} - {FLIPPING}, key=lambda k: (len(k[0]), *map(tiers.index, k[0]), k[1])
+    )
     hues = {served: hue(i) for i, served in enumerate(dict.fromkeys([*((t,) for t in tiers), *(served for served, _ in kinds)]))}
     tps = sorted({tp for _, tp in kinds})
     shades = {tp: 0.65 * (len(tps) - 1 - i) / max(len(tps) - 1, 1) for i, tp in enumerate(tps)}
@@ -71,6 +77,7 @@ def layout(results: Mapping[str, RunResult], gpus: int, tiers: list[str]) -> go.
             figure.add_scatter(
                 x=[*(t / length for t in starts), end / length], y=[*by_kind[kind], by_kind[kind][-1]], mode="lines", name=label,
                 stackgroup=str(row), legendgroup=label, legendrank=1 + rank, showlegend=kind not in legend, fillcolor=fill,
+                fillpattern=_stripes(fill, "x" if kind == FLIPPING else "/" if len(served) > 1 else ""),
                 line={"shape": "hv", "width": 0.5, "color": GREY}, hovertemplate="%{y:.4~g} GPUs", row=row, col=1,
             )  # fmt: skip
             legend.add(kind)

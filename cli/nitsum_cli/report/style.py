@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-TIERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#B8A800")
+TIERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#B8A800", "#D55E00")
 POLICIES = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
 DASHES = ("solid", "dash", "dot", "dashdot")
 GREY = "#808080"
@@ -43,7 +43,15 @@ def framed(figure: go.Figure, height: int, **layout: Any) -> go.Figure:
         legend={"bgcolor": "rgba(0,0,0,0)"},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": TIERS[4]},
     )
-    axis = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID, "showline": True, "ticks": "outside", "tickcolor": GRID}
+    axis = {
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": GRID,
+        "showline": True,
+        "title_font_size": 13,
+        "ticks": "outside",
+        "tickcolor": GRID,
+    }
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     figure.update_layout(**layout)
