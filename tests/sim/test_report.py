@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from nitsum.sim.result import LayoutAt
@@ -25,13 +26,15 @@ class Written:
     figures: dict[str, dict[str, object]]
 
 
-def simulate(folder: Path, name: str, seed: int = 1) -> Path:
-    workload = (EXAMPLES / "workload.yaml").read_text()
-    assert "duration: 5m" in workload
-    (folder / "workload.yaml").write_text(workload.replace("duration: 5m", "duration: 20s"))
+def simulate(folder: Path, name: str, rate: float | None = None) -> Path:
+    """The example, shorter; with another rate where one is given."""
+    workload = yaml.safe_load((EXAMPLES / "workload.yaml").read_text()) | {"duration": "10s"}
+    if rate is not None:
+        workload["streams"] = [s | {"rate": rate} for s in workload["streams"]]
+    (folder / "workload.yaml").write_text(yaml.safe_dump(workload))
     page = folder / f"{name}.html"
     args = ["simulate", "--workload", str(folder / "workload.yaml"), "--pool", str(EXAMPLES / "pool.yaml"), "--fleet", "1x8:h100_sxm"]
-    args += ["--policy", ",".join(POLICIES), "--seed", str(seed), "--json", str(page.with_suffix(".json")), "--report", str(page)]
+    args += ["--policy", ",".join(POLICIES), "--json", str(page.with_suffix(".json")), "--report", str(page)]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
     return page
@@ -64,6 +67,14 @@ def test_its_tables_are_the_json(written: Written) -> None:
 
 def test_the_same_seed_gives_the_same_bytes(written: Written, tmp_path: Path) -> None:
     assert simulate(tmp_path, "again").read_text() == written.html
+
+
+def test_where_nothing_is_offered_it_says_so(tmp_path: Path) -> None:
+    html = simulate(tmp_path, "nothing", rate=0).read_text()
+    body = html[html.rindex("</head>") :]
+    assert "Nothing was offered to a tier with an SLO" in body
+    assert "The ladder" not in body
+    assert 'id="layout"' in body
 
 
 def test_what_cannot_be_written_is_said_before_anything_runs(tmp_path: Path) -> None:

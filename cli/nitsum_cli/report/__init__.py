@@ -31,14 +31,13 @@ def page(done: Comparison, document: dict[str, Any], workload: Workload, profile
     from nitsum_cli.report import figures, layouts
 
     pool, policies = done.setting.pool, document["policies"]
-    judged = [t.name for t in pool.tiers if not t.background]
+    judged = [t.name for t in pool.tiers if any(f["tiers"][t.name]["goodput_rps"] is not None for f in policies.values())]
     gpus = min(pool.budget_gpus, sum(len(n.gpus) for n in done.setting.nodes))
-    pictures = {
-        "ladder": figures.ladder(policies, judged),
-        "goodput": figures.goodput(pool, done.results),
-        "attainment": figures.attainment(policies, judged),
-        "layout": layouts.layout(done.results, gpus, [t.name for t in pool.tiers]),
-    }
+    pictures = {"layout": layouts.layout(done.results, gpus, [t.name for t in pool.tiers])}
+    if judged:
+        pictures["ladder"] = figures.ladder(policies, judged)
+        pictures["attainment"] = figures.attainment(policies, judged)
+        pictures["goodput"] = figures.goodput(pool, done.results, judged)
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"percent": _percent, "number": _number}
     return env.from_string((resources.files(__name__) / "page.html.j2").read_text()).render(

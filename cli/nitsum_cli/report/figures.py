@@ -12,7 +12,7 @@ from nitsum.sim.result import RunResult
 from nitsum_cli.report.style import GREY, framed, hue, line
 
 BINS_MAX = 60
-BAR_PX, ROOM_PX = 30, 100
+BAR_PX, ROOM_PX, LEGEND_PX = 30, 100, 20
 MARKED = 0.9
 """The share that people ask for first; the pool's own targets are in the table."""
 
@@ -43,7 +43,10 @@ def clock(duration_s: float) -> tuple[str, float]:
 
 
 def ladder(policies: Mapping[str, Any], judged: list[str]) -> go.Figure:
-    """A bar for each policy in the order asked for, of what each tier adds."""
+    """A bar for each policy in the order asked for, of what each tier adds.
+
+    `judged`, here and below: the tiers that have an SLO and were offered something; at least one.
+    """
     names = list(policies)
     figure = go.Figure()
     for i, tier in enumerate(judged):
@@ -51,11 +54,8 @@ def ladder(policies: Mapping[str, Any], judged: list[str]) -> go.Figure:
         hover = f"%{{y}}<br>{tier}: %{{x:.2f}} requests/s<extra></extra>"
         figure.add_bar(x=good, y=names, orientation="h", name=tier, marker_color=hue(i), hovertemplate=hover)
     offered = max(f["offered_rps"] for f in policies.values())
-    right = max(offered, *(f["goodput_rps"] or 0.0 for f in policies.values()), 1e-9)
-    texts = [
-        "nothing offered" if f["goodput_rps"] is None else f" <b>{f['goodput_rps']:.2f}</b>  ({f['attainment']:.1%})"
-        for f in policies.values()
-    ]
+    right = max(offered, *(f["goodput_rps"] or 0.0 for f in policies.values()))
+    texts = [f" <b>{f['goodput_rps']:.2f}</b>  ({f['attainment']:.1%})" for f in policies.values()]
     figure.add_scatter(
         x=[right * 1.005] * len(names), y=names, text=texts, mode="text", textposition="middle right", showlegend=False, hoverinfo="skip"
     )
@@ -63,22 +63,21 @@ def ladder(policies: Mapping[str, Any], judged: list[str]) -> go.Figure:
     figure.add_annotation(x=offered, y=1, yref="paper", yanchor="bottom", text=f"offered {offered:.2f}", showarrow=False)
     return framed(
         figure,
-        ROOM_PX + BAR_PX * len(names),
+        ROOM_PX + max(BAR_PX * len(names), LEGEND_PX * (len(judged) + 2)),
         barmode="stack",
         bargap=0.3,
         legend={"title": {"text": "tier"}, "traceorder": "normal"},
-        xaxis={"title": "goodput (requests/s within every SLO)", "range": [0, right * 1.2]},
+        xaxis={"title": {"text": "goodput (requests/s within every SLO)"}, "range": [0, right * 1.2]},
         yaxis={"autorange": "reversed", "automargin": True, "showgrid": False, "ticks": ""},
     )
 
 
-def goodput(pool: Pool, results: Mapping[str, RunResult]) -> go.Figure:
+def goodput(pool: Pool, results: Mapping[str, RunResult], tiers: list[str]) -> go.Figure:
     """All tiers together, then each; what was offered behind."""
     first = next(iter(results.values()))
     width = bin_s(first.duration_s)
     series = {name: goodput_over_time(pool, r, width) for name, r in results.items()}
-    tiers = list(next(iter(series.values())))
-    rows = [("all tiers with an SLO", tiers), *((t, [t]) for t in tiers)] if len(tiers) != 1 else [(tiers[0], tiers)]
+    rows = [("all tiers with an SLO", tiers), *((t, [t]) for t in tiers)] if len(tiers) > 1 else [(tiers[0], tiers)]
     unit, length = clock(first.duration_s)
     heights = [200, *[130] * (len(rows) - 1)]
     figure = make_subplots(len(rows), 1, shared_xaxes=True, vertical_spacing=34 / sum(heights), row_heights=heights)
@@ -107,7 +106,7 @@ def goodput(pool: Pool, results: Mapping[str, RunResult]) -> go.Figure:
 def attainment(policies: Mapping[str, Any], judged: list[str]) -> go.Figure:
     """A column of bars for each tier, so that policies are read down and tiers across."""
     names = list(policies)
-    figure = make_subplots(1, max(len(judged), 1), shared_yaxes=True, horizontal_spacing=0.03)
+    figure = make_subplots(1, len(judged), shared_yaxes=True, horizontal_spacing=0.03)
     for i, tier in enumerate(judged):
         shares = [policies[n]["tiers"][tier]["attainment"] for n in names]
         figure.add_bar(

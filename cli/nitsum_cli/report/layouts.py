@@ -14,6 +14,7 @@ from nitsum_cli.report.style import GREY, framed, hue, lighter
 Kind = tuple[tuple[str, ...], int]
 """(tiers, TP); TP 0: in a flip."""
 FLIPPING: Kind = ((), 0)
+UNUSED = "#B0B0B0"
 STEPS_MAX = 1000
 PANEL_PX, GAP_PX = 110, 34
 
@@ -59,7 +60,8 @@ def layout(results: Mapping[str, RunResult], gpus: int, tiers: list[str]) -> go.
     kinds = sorted(
         {k for _, by_kind in found.values() for k in by_kind} - {FLIPPING}, key=lambda k: (len(k[0]), *map(tiers.index, k[0]), k[1])
     )
-    hues = {served: hue(i) for i, served in enumerate(dict.fromkeys([*((t,) for t in tiers), *(served for served, _ in kinds)]))}
+    hues = {served: hue(i) for i, served in enumerate(dict.fromkeys([*((t,) for t in tiers), *(served for served, _ in kinds if served)]))}
+    hues[()] = UNUSED
     tps = sorted({tp for _, tp in kinds})
     shades = {tp: 0.65 * (len(tps) - 1 - i) / max(len(tps) - 1, 1) for i, tp in enumerate(tps)}
     unit, length = clock(max(r.duration_s for r in results.values()))
