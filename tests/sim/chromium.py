@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
-REMEDY = "NOT TESTED, chromium is missing: apt-get install chromium (as root; `make test` does so by itself where it is root)"
+REMEDY = "NOT TESTED, chromium is missing: apt-get install chromium, as root (`make browser` does so)"
 FLAGS = [
     "--headless",
     "--no-sandbox",

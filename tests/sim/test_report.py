@@ -8,9 +8,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from nitsum.sim.result import LayoutAt
+from nitsum.errors import InvalidSpec
+from nitsum.pool import Pool, Tier
+from nitsum.sim.metrics import goodput_over_time
+from nitsum.sim.result import Ending, LayoutAt, Outcome, RunResult
+from nitsum_cli import report
 from nitsum_cli.main import app
-from nitsum_cli.report import layouts
+from nitsum_cli.report import figures, layouts
 
 from . import chromium
 
@@ -95,6 +99,22 @@ def test_many_changes_of_layout_become_means_that_keep_every_gpu_second(monkeypa
         ends = [*starts[1:], end]
         spent = sum(v * (b - a) for v, a, b in zip(values, starts, ends, strict=True))
         assert sum(means[kind]) * end / 9 == pytest.approx(spent)
+
+
+def test_time_is_cut_into_equal_parts_whatever_the_duration() -> None:
+    pool = Pool("default/p", "u", "m", (Tier("chat", ttft_ms=500.0),), 8)
+    for duration in (0.5, *(d / 10 for d in range(10, 9000, 7))):
+        last = Outcome("chat", duration * 0.9999999, Ending.FINISHED, 1.0, 1.0)
+        run = RunResult("nitsum", duration, (last,), (), 0, 0, 0, duration)
+        cells = goodput_over_time(pool, run, figures.bin_s(duration))["chat"]
+        assert len(cells) == min(max(int(duration), 1), figures.BINS_MAX)
+        assert cells[-1][1] > 0, duration
+
+
+def test_without_its_libraries_it_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "NEEDED", ("plotly", "no_such_library"))
+    with pytest.raises(InvalidSpec, match=r"no_such_library is missing: pip install 'nitsum\[report\]'"):
+        report.check()
 
 
 @pytest.mark.skipif(chromium.path() is None, reason=chromium.REMEDY)
