@@ -34,7 +34,7 @@ preflight: ## What this machine lacks, each with its remedy
 
 .PHONY: sync
 sync: $(if $(filter .nitsum/%,$(UV)),.nitsum/uv/bin/uv) ## The Python environment, as uv.lock says
-	@$(UV) sync --frozen --extra engine --extra profile --group models
+	@$(UV) sync --frozen --extra engine --extra profile --extra report --group models
 
 .PHONY: generate
 generate: sync ## Python code of the protobuf contracts
@@ -53,11 +53,20 @@ lint: sync ## Format, lint, types, import directions, contracts
 binaries: sync ## etcd, kube-apiserver, kube-controller-manager, helm: built once, then cached
 	@$(RUN) python -m nitsum_local.binaries >/dev/null
 
+NO_BROWSER = NOT TESTED: no browser opened the report page. chromium is missing: apt-get install chromium, as root
+.PHONY: browser
+browser: ## chromium, in which a test opens the report page: installed where it is missing, by root on Debian
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& echo "chromium is missing: apt-get installs it" && export DEBIAN_FRONTEND=noninteractive \
+		&& timeout 120 apt-get update -qq && timeout 300 apt-get install -qq -y --no-install-recommends chromium >/dev/null; } \
+		|| echo "$(NO_BROWSER)"
+
 .PHONY: test
-test: preflight lint binaries ## Everything, from lint to the end-to-end test
+test: preflight lint binaries browser ## Everything, from lint to the end-to-end test
 	$(RUN) pytest tests/unit tests/property tests/sim tests/golden -n 2 -q
 	$(RUN) pytest tests/cluster tests/engine -n 2 --dist loadfile -q
 	$(RUN) pytest tests/e2e -q
+	@command -v chromium >/dev/null || echo "$(NO_BROWSER)"
 
 .PHONY: demo
 demo: preflight sync ## The main job, live (KEEP=1 stays up)

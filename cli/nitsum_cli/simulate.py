@@ -16,7 +16,7 @@ from nitsum.pool import Pool
 from nitsum.sim import arrivals, compare, hardware, workload
 from nitsum.sim.policies import registry
 from nitsum_api.resources import API_VERSION, POOL_KIND, ModelSpec, pool_from_resource
-from nitsum_cli import files
+from nitsum_cli import files, report
 from nitsum_cli.errors import bad_input_exits_2
 from nitsum_operator.accept import profile_for
 
@@ -46,10 +46,16 @@ def simulate(
     profile: Annotated[Path | None, typer.Option(help="step times; default: the shipped profile of model and GPU")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 1,
     json_path: Annotated[Path | None, typer.Option("--json", help="where to write the figures")] = None,
+    report_path: Annotated[Path | None, typer.Option("--report", help="where to write a page with pictures of them")] = None,
 ) -> None:
     """Replays traffic against a pool and says what goodput each policy would give."""
     if not 0 < scale <= 1e6:
         raise InvalidSpec("scale", f"{scale} must be above 0 and at most 1000000")
+    for option, path in (("json", json_path), ("report", report_path)):
+        if path is not None and not path.parent.is_dir():
+            raise InvalidSpec(option, f"there is no folder {path.parent}")
+    if report_path is not None:
+        report.check()
     pool, model = read_pool(pool_path)
     spec = workload.parse(files.load_yaml(workload_path), tuple(t.name for t in pool.tiers))
     types = hardware.gpu_types(fleet)
@@ -86,6 +92,8 @@ def simulate(
     }
     if json_path is not None:
         files.write(json_path, json.dumps(document, indent=1) + "\n")
+    if report_path is not None:
+        files.write(report_path, report.page(done, document, spec, times))
     _show(figures, document["notes"])
 
 

@@ -70,7 +70,7 @@ def policy_figures(pool: Pool, result: RunResult, too_long: Mapping[str, int]) -
 
 def goodput_over_time(pool: Pool, result: RunResult, bin_s: float) -> dict[str, list[tuple[float, float, float]]]:
     """By tier: (from second, offered, met) in requests/s, by arrival."""
-    bins = max(math.ceil(result.duration_s / bin_s), 1)
+    bins = max(math.ceil(round(result.duration_s / bin_s, 6)), 1)  # equal parts of the duration: no empty one from rounding
     found = {t.name: [[0, 0] for _ in range(bins)] for t in pool.tiers if not t.background}
     tiers = {t.name: t for t in pool.tiers}
     for o in result.outcomes:
