@@ -25,7 +25,8 @@ def register() -> None:
 
     HookRegistry.register(SCHEDULER + "init_chunked_prefill", _start_ungoverned, HookType.AROUND)
     HookRegistry.register(SCHEDULER + "set_internal_state", _set_budget, HookType.AROUND)
-    HookRegistry.register(SCHEDULER + "get_new_batch_prefill", _govern, HookType.AROUND)
+    HookRegistry.register(SCHEDULER + "_should_defer_prefill", _take_turns, HookType.AROUND)
+    HookRegistry.register(SCHEDULER + "get_new_batch_prefill", _bound, HookType.AROUND)
 
 
 def _start_ungoverned(original: Any, self: Any) -> None:
@@ -50,16 +51,18 @@ def _room(self: Any, decodes: int) -> Room | None:
     return room(self.nitsum_budget, decodes, chunk_max, align, self.nitsum_mixes, self.nitsum_decodes_waited)
 
 
-def _govern(original: Any, self: Any, running_batch: Any) -> Any:
+def _take_turns(original: Any, self: Any, running_batch: Any) -> bool:
+    """True: this step is the decodes' alone."""
+    allowed = _room(self, running_batch.batch_size())
+    self.nitsum_decodes_waited = False
+    return (allowed is not None and not allowed.tokens) or original(self, running_batch)
+
+
+def _bound(original: Any, self: Any, running_batch: Any) -> Any:
     decodes = running_batch.batch_size()
     allowed = _room(self, decodes)
-    self.nitsum_decodes_waited = False
     if allowed is None:
         return original(self, running_batch)
-    if not allowed.tokens:
-        from sglang.srt.managers.schedule_batch import NextBatchPlan
-
-        return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
     stock = self.chunked_prefill_size
     # Stock counts the decodes of a mixed step against its chunk.
     self.chunked_prefill_size, self.is_mixed_chunk = allowed.tokens + (decodes if allowed.mixed else 0), allowed.mixed
