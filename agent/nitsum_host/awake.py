@@ -71,10 +71,16 @@ class Awake:
     async def wake(self, slot: Slot) -> None:
         """In a turn. Raises EngineEnded; the engine counts as awake until `end` has returned."""
         self._claim(slot)
+        self.govern(slot)  # first: no step is without its limits
         await slot.engine.wake()
         if slot.ended:  # between its word and now
             raise EngineEnded(slot.message)
         slot.state = Report.STATE_AWAKE
+
+    def govern(self, slot: Slot) -> None:
+        """Carries the limits of its group to an engine that is awake; any other gets them as it wakes."""
+        if slot.awake:
+            slot.engine.govern(self.node.limits(slot.wire.engine_id))
 
     async def park(self, slot: Slot) -> None:
         """Raises EngineEnded."""

@@ -11,7 +11,7 @@ from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
-from nitsum_sglang.port import Engine, EngineInfo, EngineRequest
+from nitsum_sglang.port import Engine, EngineInfo, EngineRequest, Limits
 
 log = logging.getLogger(__name__)
 Finish, Refused = node_pb2.Finish, node_pb2.Refused
@@ -334,6 +334,12 @@ class Node:
             self._finish(stream, Finish(kind=Finish.KIND_MOVED, successors=self.successors(group_id)))
         assert not live.waiting
         del self.groups[group_id]
+
+    def limits(self, engine_id: str) -> Limits:
+        """What the groups on it say: one that opens before one that closes."""
+        ours = [live for live in self.groups.values() if live.group.engine_id == engine_id]
+        ours.sort(key=lambda live: live.state == State.GROUP_STATE_CLOSING)
+        return Limits(ours[0].group.capacity.prefill_tokens_per_step) if ours else Limits()
 
     # Reports
 

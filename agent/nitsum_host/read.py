@@ -25,7 +25,7 @@ class Illegal(Exception):
 def group(g: types_pb2.Group) -> Group:
     shares = tuple(TierShare(s.tier, s.share, s.max_running) for s in g.shares)
     c = g.capacity
-    capacity = Capacity(c.max_running, c.max_kv_tokens, c.prefill_tokens_per_s, c.max_queued)
+    capacity = Capacity(c.max_running, c.max_kv_tokens, c.prefill_tokens_per_s, c.max_queued, c.prefill_tokens_per_step)
     return Group(g.group_id, g.engine_id, g.pool.name, g.model, g.tp_size, tuple(g.gpu_uuids), ROLES[g.role], shares, capacity)
 
 

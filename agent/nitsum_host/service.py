@@ -192,6 +192,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
                 live.wire.epoch = epoch
                 slot = node.slots[group.engine_id]
                 live.ledger.set_capacity(group.capacity, group.shares, slot.info.max_total_tokens if slot.info else 0)
+                self.engines.awake.govern(slot)
 
     async def _flip(self, d: agent_pb2.NodeDirective, layout: Layout, wires: dict[str, types_pb2.Group]) -> None:
         deadlines = dataclasses.replace(self.deadlines, let_finish_s=d.let_finish_ms / 1e3)

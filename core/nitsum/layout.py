@@ -35,6 +35,8 @@ class Capacity:
     max_kv_tokens: int = 0
     prefill_tokens_per_s: float = 0.0
     max_queued: int = 0
+    prefill_tokens_per_step: int = 0
+    """Beside streams that decode: see `governor`."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import remains, seam, wire
-from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec
+from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec, Limits
 from nitsum_sglang.zygote_client import Child, Zygote, ZygoteEnded, log_tail
 
 zmq: Any = importlib.import_module("zmq")  # its stubs miss what it exports
@@ -37,6 +37,7 @@ class SchedulerEngine:
         self.addresses = seam.addresses(spec.state_dir)
         self.log_path = Path(spec.state_dir, "engine.log")
         self.parked = True
+        self.limits = Limits()
         self.child: Child | None = None
         self.info: EngineInfo | None = None
         self._live: set[str] = set()
@@ -177,6 +178,11 @@ class SchedulerEngine:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), ABORT_REPEAT_S)
         self._check()
+
+    def govern(self, limits: Limits) -> None:
+        if limits != self.limits:
+            self.limits = limits
+            self._tell(seam.GOVERN, str(limits.prefill_tokens_per_step).encode())
 
     async def _confirmed(self, command: bytes, name: str) -> None:
         self._nonce += 1

@@ -29,6 +29,7 @@ def server_arguments(spec: dict[str, Any]) -> list[str]:
     tp = int(spec["tp_size"])
     args = ["--model-path", spec["model_path"], "--device", spec["device"], "--tp-size", str(tp), "--host", "127.0.0.1"]
     args += ["--disable-overlap-schedule", "--sleep-on-idle", "--skip-server-warmup", "--page-size", "16", "--log-level", "info"]
+    args += ["--enable-mixed-chunk"]  # possible; `plugins/governor.py` says when
     args += ["--max-total-tokens", str(spec["max_total_tokens"]), "--mem-fraction-static", "0.2" if spec["device"] == "cpu" else "0.8"]
     if spec["device"] == "cpu":
         args += ["--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
@@ -84,7 +85,7 @@ def _prepare(spec: dict[str, Any]) -> tuple[Any, Any]:
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     load_plugins()
-    wanted = {"exact_resume", "awake_log"} | ({"weights"} if spec["weight_socket"] else set())
+    wanted = {"exact_resume", "awake_log", "governor"} | ({"weights"} if spec["weight_socket"] else set())
     if missing := wanted - plugins.loaded():
         raise RuntimeError(f"SGLang did not load our plugins {sorted(missing)}: is nitsum installed with its entry points?")
     server_args = prepare_server_args(server_arguments(spec))

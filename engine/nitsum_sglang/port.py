@@ -56,6 +56,14 @@ class EngineRequest:
     priority: int = 0
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one step may do. Zero: not limited."""
+
+    prefill_tokens_per_step: int = 0
+    """Beside streams that decode."""
+
+
 class EngineEnded(Exception):
     """The engine's processes ended unasked; what ran on it is lost, its tokens are not."""
 
@@ -75,6 +83,10 @@ class Engine(Protocol):
 
     async def park(self) -> None:
         """Ends stepping at once. Work left in it is aborted first: a parked engine holds none."""
+        ...
+
+    def govern(self, limits: Limits) -> None:
+        """Before whatever it is told next, awake or parked, and until it is told otherwise; a started engine has none. Changes no token."""
         ...
 
     def submit(self, request: EngineRequest) -> None: ...

@@ -9,6 +9,7 @@ import msgspec
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import seam
 from nitsum_sglang.plugins.exact_resume import RESUME_KEY
+from nitsum_sglang.plugins.governor import KNOB
 
 
 class Requests:
@@ -46,6 +47,8 @@ class Requests:
             send(io.msgpack_encode(io.ContinueGenerationReqInput(rid=frame[1].decode(), torch_empty_cache=False)))
         elif kind == seam.FLUSH:
             send(io.msgpack_encode(io.FlushCacheReqInput()))
+        elif kind == seam.GOVERN:
+            send(io.msgpack_encode(io.SetInternalStateReq(server_args={KNOB: int(frame[1])})))
         else:
             raise ValueError(f"unknown frame {kind!r}")
         return None

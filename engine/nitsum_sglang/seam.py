@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-SUBMIT, ABORT, ABORT_ALL, PAUSE, CONTINUE, FLUSH = b"submit", b"abort", b"abort-all", b"pause", b"continue", b"flush"
-"""First part of a frame. Then: submit: rid, priority, Submit bytes. abort: rid. pause, continue: rid of the confirmation."""
+SUBMIT, ABORT, ABORT_ALL, PAUSE, CONTINUE, FLUSH, GOVERN = b"submit", b"abort", b"abort-all", b"pause", b"continue", b"flush", b"govern"
+"""First part of a frame. Then: submit: rid, priority, Submit bytes. abort: rid. pause, continue: rid of the confirmation.
+govern: prefill tokens per step."""
 
 SOCKETS = ("input", "tokens", "replies", "rpc", "metrics", "leader")
 SOCKET_NAME_BYTES_MAX = 107

@@ -27,6 +27,10 @@ NAMES = (
     "sglang.srt.managers.scheduler:Scheduler.continue_generation",
     "sglang.srt.managers.scheduler:Scheduler.send_control_output",
     "sglang.srt.managers.scheduler:Scheduler._record_scheduler_state_for_paused_engine",
+    "sglang.srt.managers.scheduler:Scheduler.init_chunked_prefill",
+    "sglang.srt.managers.scheduler:Scheduler.set_internal_state",
+    "sglang.srt.managers.scheduler:Scheduler._should_defer_prefill",
+    "sglang.srt.managers.scheduler:Scheduler.get_new_batch_prefill",
     "sglang.srt.managers.scheduler:Scheduler._create_generation_req",
     "sglang.srt.managers.scheduler:Scheduler._add_request_to_queue",
     "sglang.srt.managers.schedule_batch:Req.set_finish_with_abort",
@@ -56,6 +60,7 @@ FIELDS = {
     "sglang.srt.managers.io_struct:PauseGenerationReqInput": "rid mode",
     "sglang.srt.managers.io_struct:ContinueGenerationReqInput": "rid torch_empty_cache",
     "sglang.srt.managers.io_struct:FlushCacheReqInput": "rid",
+    "sglang.srt.managers.io_struct:SetInternalStateReq": "server_args",
     "sglang.srt.managers.io_struct:FlushCacheReqOutput": "rid success message",
     "sglang.srt.sampling.sampling_params:SamplingParams": (
         "max_new_tokens min_new_tokens temperature top_p top_k min_p frequency_penalty presence_penalty repetition_penalty stop "

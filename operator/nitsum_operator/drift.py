@@ -3,7 +3,9 @@
 They follow demand by small steps every second; sending each would be noise, sending none would leave groups with the limits of an old mix.
 """
 
-from nitsum.layout import Group, Layout
+from dataclasses import fields
+
+from nitsum.layout import Capacity, Group, Layout
 
 REFRESH_S = 10.0
 """Least time between two directives that change nothing else."""
@@ -18,8 +20,7 @@ def _far(old: float, new: float) -> bool:
 
 def _moved(old: Group, new: Group) -> bool:
     a, b = old.capacity, new.capacity
-    limits = ((a.max_running, b.max_running), (a.max_kv_tokens, b.max_kv_tokens), (a.prefill_tokens_per_s, b.prefill_tokens_per_s))
-    if any(_far(x, y) for x, y in (*limits, (a.max_queued, b.max_queued))):
+    if any(_far(getattr(a, f.name), getattr(b, f.name)) for f in fields(Capacity)):
         return True
     before, after = ({s.tier: s for s in g.shares} for g in (old, new))
     if before.keys() != after.keys():

@@ -58,6 +58,7 @@ def group_proto(g: Group, uid: str, epoch: int = 0) -> types_pb2.Group:
             max_kv_tokens=c.max_kv_tokens,
             prefill_tokens_per_s=c.prefill_tokens_per_s,
             max_queued=c.max_queued,
+            prefill_tokens_per_step=c.prefill_tokens_per_step,
         ),
     )
 

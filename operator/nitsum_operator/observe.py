@@ -43,6 +43,7 @@ class Agent:
 
 
 def group_from(g: types_pb2.Group) -> Group:
+    c = g.capacity
     return Group(
         g.group_id,
         g.engine_id,
@@ -52,7 +53,7 @@ def group_from(g: types_pb2.Group) -> Group:
         tuple(g.gpu_uuids),
         ROLES.get(g.role, Role.MIXED),
         tuple(TierShare(s.tier, s.share, s.max_running) for s in g.shares),
-        Capacity(g.capacity.max_running, g.capacity.max_kv_tokens, g.capacity.prefill_tokens_per_s, g.capacity.max_queued),
+        Capacity(c.max_running, c.max_kv_tokens, c.prefill_tokens_per_s, c.max_queued, c.prefill_tokens_per_step),
     )
 
 

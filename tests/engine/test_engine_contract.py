@@ -2,9 +2,12 @@
 
 import asyncio
 import importlib
+import itertools
 import json
 import os
+import re
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest_asyncio
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import remains
 from nitsum_sglang.engine import SchedulerEngine
-from nitsum_sglang.port import EngineEnded, EngineRequest, EngineSpec
+from nitsum_sglang.port import EngineEnded, EngineRequest, EngineSpec, Limits
 from nitsum_sglang.warmup import warm_up
 from nitsum_sglang.zygote_client import Zygote
 
@@ -154,6 +157,65 @@ async def flushes(engine: SchedulerEngine) -> bool:
     return False
 
 
+async def beside_long_prompts(engine, budget: int) -> tuple[dict[str, list[int]], int, list[float], list[int]]:
+    """Three streams, and three long prompts that come in between: all tokens; how many the first stream got from then until those had
+    their first; its waits from token to token, longest last; prefill tokens of each step beside streams, by the engine's log."""
+    engine.govern(Limits(budget))
+    logged = engine.log_path.stat().st_size
+    short = [EngineRequest(f"short{i}.", submit([10 + i, *PROMPT], 80, ignore_eos=True)) for i in range(3)]
+    long = [EngineRequest(f"long{i}.", submit([(7 * j + i) % 900 + 20 for j in range(600)], 4, ignore_eos=True)) for i in range(3)]
+    long[2].submit.logprobs.start = 0  # what stock does not mix
+    got = {r.rid: [] for r in short + long}
+    left, at, since, meanwhile = set(got), [], 0, None
+    for r in short:
+        engine.submit(r)
+    steps = engine.steps()
+    async with asyncio.timeout(60):
+        async for step in steps:
+            for delta in step:
+                got[delta.request_id].extend(delta.token_ids)
+                if delta.HasField("finish"):
+                    left.discard(delta.request_id)
+            if any(d.request_id == "short0." for d in step):
+                at.append(time.monotonic())
+            if not since and all(len(got[r.rid]) >= 5 for r in short):
+                since = len(got["short0."])
+                for r in long:
+                    engine.submit(r)
+            if meanwhile is None and all(got[r.rid] for r in long):
+                meanwhile = len(got["short0."]) - since
+            if not left:
+                break
+    await steps.aclose()
+    while not await engine.flush_cache():  # noqa: ASYNC110  nothing says when the last step's clean-up is over
+        await asyncio.sleep(0.02)
+    log = engine.log_path.read_bytes()[logged:].decode()
+    found = re.findall(r"Prefill batch.*#new-token: (\d+),.*#running-req: (\d+)", log)
+    chunks = [int(tokens) for tokens, running in found if int(running) >= 3]
+    return got, meanwhile, sorted(b - a for a, b in itertools.pairwise(at)), chunks
+
+
+async def test_a_budget_of_prefill_bounds_the_wait_and_changes_no_token(engine) -> None:
+    await engine.wake()
+    stock, _, stock_waits_s, chunks = await beside_long_prompts(engine, 0)
+    assert max(chunks) >= 600, "stock prefills whole prompts first"
+    governed, meanwhile, waits_s, chunks = await beside_long_prompts(engine, 100)
+    assert governed == stock
+    assert set(chunks) <= set(range(97)), "six pages of 16 are within 100"
+    assert sum(chunks) == 1800
+    assert meanwhile >= 1800 // 96 - 1, "a token of each stream beside, or after, each chunk"
+    assert waits_s[-3] < 0.7 * stock_waits_s[-1], "but for two hiccups of a busy machine"
+    await engine.park()
+    await engine.wake()
+    assert max((await beside_long_prompts(engine, 100))[3]) == 96, "kept over a park"
+    await engine.park()
+    engine.govern(Limits(200))
+    await engine.wake()
+    assert max((await beside_long_prompts(engine, 200))[3]) == 192, "changed while parked"
+    await engine.park()
+    engine.govern(Limits())
+
+
 async def test_warm_up_and_its_own_log(engine) -> None:
     await warm_up(engine)
     lines = awake_lines(engine.spec.state_dir)
@@ -211,5 +273,5 @@ async def test_the_hosts_fake_is_declared_to_be_an_engine() -> None:
         fake = importlib.import_module("nitsum_host.testing.fake_engine")
     except ModuleNotFoundError:
         pytest.skip("the host has no fake engine")
-    names = {"start", "wake", "park", "submit", "abort", "steps", "flush_cache", "stop"}
+    names = {"start", "wake", "park", "govern", "submit", "abort", "steps", "flush_cache", "stop"}
     assert any(names <= set(dir(value)) for value in vars(fake).values() if isinstance(value, type))

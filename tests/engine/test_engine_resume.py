@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nitsum_api.node.v1 import node_pb2
-from nitsum_sglang.port import EngineRequest
+from nitsum_sglang.port import EngineRequest, Limits
 
 from .conftest import StartEngine, collect, logprobs, submit, tokens
 
@@ -36,7 +36,9 @@ async def test_a_move_is_not_seen(start_engine: StartEngine) -> None:
     wanted["stop"].sampling.stop[:] = [next(text for text in texts if "\ufffd" not in text)]
     plain = await collect(one, [EngineRequest(f"{name}.", s) for name, s in wanted.items()])
 
-    for cut in (1, 7):
+    for cut, budget in ((1, 0), (7, 16)):  # the second time in steps of a page of prefill beside decode, on both
+        one.govern(Limits(budget))
+        two.govern(Limits(budget))
         got = await collect(
             one,
             [EngineRequest(f"{name}.{cut}.", s) for name, s in wanted.items()],

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,7 +35,9 @@ POOL = types_pb2.PoolRef(name="default/chat", uid="u")
 GPUS = ["n0-slot-0", "n0-slot-1"]
 
 
-def directive(operation_id: str, generation: int, tp_size: int, *, tps: tuple[int, ...] = (1, 2)) -> agent_pb2.NodeDirective:
+def directive(
+    operation_id: str, generation: int, tp_size: int, *, tps: tuple[int, ...] = (1, 2), budget: int = 0
+) -> agent_pb2.NodeDirective:
     def blocks(tp: int) -> list[list[str]]:
         return [GPUS[i : i + tp] for i in range(0, 3 - tp, tp)]
 
@@ -44,7 +47,15 @@ def directive(operation_id: str, generation: int, tp_size: int, *, tps: tuple[in
         for i, b in enumerate(blocks(tp))
     ]
     groups = [
-        types_pb2.Group(group_id=f"g{tp_size}-{i}", engine_id=f"e{tp_size}-{i}", pool=POOL, model="tiny", tp_size=tp_size, gpu_uuids=b)
+        types_pb2.Group(
+            group_id=f"g{tp_size}-{i}",
+            engine_id=f"e{tp_size}-{i}",
+            pool=POOL,
+            model="tiny",
+            tp_size=tp_size,
+            gpu_uuids=b,
+            capacity=types_pb2.Capacity(prefill_tokens_per_step=budget),
+        )
         for i, b in enumerate(blocks(tp_size))
     ]
     model = types_pb2.Model(name="tiny", source=types_pb2.ModelSource(path=str(tiny_llama())))
@@ -233,14 +244,18 @@ async def test_streams_cross_flips_token_for_token(host: Running) -> None:
 
     async def there_and_back() -> None:
         for i, tp in ((2, 2), (3, 1)):
-            assert (await host.apply(directive(f"op{i}", i, tp))).WhichOneof("answer") == "accepted"
+            assert (await host.apply(directive(f"op{i}", i, tp, budget=32))).WhichOneof("answer") == "accepted"
             flip = (await host.applied(f"op{i}", 30)).flip
             assert flip.outcome == agent_pb2.FlipReport.OUTCOME_DONE
             if i == 2:
                 assert flip.streams_moved == len(names)
 
+    log = host.folder / "s/e/e2-0/engine.log"
+    warm = log.stat().st_size
     moved = await streams(host, names, report, there_and_back)
     assert moved.got == unmoved.got
+    beside = re.findall(r"Prefill batch.*#new-token: (\d+),.*#running-req: [1-9]", log.read_bytes()[warm:].decode())
+    assert max(map(int, beside), default=0) <= 32, "B's groups bound what prefills beside streams"
     assert all(n >= 2 for n in moved.hop.values()), moved.hop
     never_two_awake(host.folder)
     assert (await host.apply(directive("op3", 3, 1))).WhichOneof("answer") == "already_done"

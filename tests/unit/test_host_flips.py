@@ -58,6 +58,23 @@ async def test_streams_cross_a_flip_and_come_back(w: World) -> None:
     assert max(w.gateway.hops.values()) >= 3
 
 
+async def test_limits_reach_the_engine_as_its_group_opens_and_as_they_drift(w: World) -> None:
+    """That an open group's engine never has others is among the world's checks."""
+
+    def budgets() -> dict[str, int]:
+        return {i: w.engine(i).limits.prefill_tokens_per_step for i in ("e1-0", "e1-1", "e2-0")}
+
+    assert budgets() == {"e1-0": 100, "e1-1": 100, "e2-0": 0}
+    epoch = w.node.epoch
+    await w.carried_out(w.directive(1))
+    assert (budgets(), w.node.epoch) == ({"e1-0": 200, "e1-1": 200, "e2-0": 0}, epoch), "without a flip"
+    await w.carried_out(w.directive(2))
+    assert budgets()["e2-0"] == 300
+    w.engine("e2-0").crash()
+    await w.until(lambda: len(w.made["e2-0"]) == 2 and states(w) == {"g2-0": State.GROUP_STATE_OPEN})
+    assert budgets()["e2-0"] == 300, "the engine that came back"
+
+
 async def test_a_flip_while_an_engine_of_a_comes_back(w: World) -> None:
     streams(w)
     await asyncio.sleep(0.01)

@@ -25,7 +25,7 @@ from nitsum_api.types.v1 import types_pb2
 from nitsum_operator import settings
 from nitsum_operator.accept import Judgement, judge
 from nitsum_operator.drift import drifted
-from nitsum_operator.execute import Executor, digest, directive, named
+from nitsum_operator.execute import Executor, digest, directive, group_proto, named
 from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
 from nitsum_operator.handlers import OUT_OF_SERVICE, Store
@@ -33,7 +33,7 @@ from nitsum_operator.history import History
 from nitsum_operator.issuer import due
 from nitsum_operator.leader import next_term
 from nitsum_operator.links import Endpoint, Link, Links, endpoints
-from nitsum_operator.observe import Agent
+from nitsum_operator.observe import Agent, group_from
 from nitsum_operator.plan import decide, snapshot
 from nitsum_operator.remember import lost_agent, spec_in_force
 from nitsum_operator.standing import Standing
@@ -109,6 +109,12 @@ def test_directive_is_whole() -> None:
     assert [(p.pool.name, p.model.source.path, p.tiers[0].ttft_ms) for p in d.pools] == [("a/p", "/m", 1000.0)]
 
 
+def test_limits_come_back_from_a_report_as_they_were_sent() -> None:
+    limits = Capacity(1, 2, 3.0, 4, 5)
+    sent = replace(node(3).layout.groups[0], capacity=limits)
+    assert group_from(group_proto(sent, "u")).capacity == limits
+
+
 def test_terms_and_certificates() -> None:
     assert next_term(3, 9) == 10
     now = datetime.now(UTC)
@@ -139,6 +145,7 @@ def test_small_drift_of_limits_is_no_directive() -> None:
 
     assert not drifted(Layout((group,)), changed(capacity=Capacity(12)))
     assert drifted(Layout((group,)), changed(capacity=Capacity(13)))
+    assert drifted(Layout((group,)), changed(capacity=replace(group.capacity, prefill_tokens_per_step=512)))
     assert not drifted(Layout((group,)), changed(shares=(TierShare("t", 0.95),)))
     assert drifted(Layout((group,)), changed(shares=(TierShare("t", 0.5),)))
     assert drifted(Layout((group,)), changed(shares=(TierShare("t", 1.0), TierShare("u", 0.0))))

@@ -17,7 +17,7 @@ from nitsum_host.journal import Journal
 from nitsum_host.node import Node, Slot
 from nitsum_host.service import Host
 from nitsum_host.testing.fake_engine import FakeEngine, next_token
-from nitsum_sglang.port import Engine, EngineSpec
+from nitsum_sglang.port import Engine, EngineSpec, Limits
 
 Finish, Refused, Outcome = node_pb2.Finish, node_pb2.Refused, agent_pb2.FlipReport
 GPUS = ("g0", "g1")
@@ -123,6 +123,7 @@ class World:
         self.host.deadlines = Deadlines(end_s=0.2, park_s=0.15, wake_s=0.15)
         self.gateway = Gateway(self.node)
         self.operations = 0
+        self.capacity = types_pb2.Capacity()
 
     def arrange(self, engine_id: str, *changes: Callable[[FakeEngine], None]) -> None:
         self.arranged.setdefault(engine_id, []).extend(changes)
@@ -153,6 +154,7 @@ class World:
 
     def directive(self, tp: int, tps: tuple[int, ...] = (1, 2), path: str = "/m", **fields: Any) -> agent_pb2.NodeDirective:
         self.operations += 1
+        self.capacity.prefill_tokens_per_step = 100 * self.operations  # limits drift with each
 
         def blocks(n: int) -> list[tuple[str, ...]]:
             return [GPUS[i : i + n] for i in range(0, len(GPUS) - n + 1, n)]
@@ -161,7 +163,9 @@ class World:
             types_pb2.ResidentEngine(engine_id=f"e{n}-{i}", model="m", tp_size=n, gpu_uuids=b) for n in tps for i, b in enumerate(blocks(n))
         ]
         groups = [
-            types_pb2.Group(group_id=f"g{tp}-{i}", engine_id=f"e{tp}-{i}", pool=POOL, model="m", tp_size=tp, gpu_uuids=b)
+            types_pb2.Group(
+                group_id=f"g{tp}-{i}", engine_id=f"e{tp}-{i}", pool=POOL, model="m", tp_size=tp, gpu_uuids=b, capacity=self.capacity
+            )
             for i, b in enumerate(blocks(tp) if tp else [])
         ]
         model = types_pb2.Model(name="m", source=types_pb2.ModelSource(path=path))
@@ -206,6 +210,9 @@ class World:
             if live.state == types_pb2.GROUP_STATE_OPEN:
                 assert slot is not None, group_id
                 assert (slot.awake, slot.ended, slot.state) == (True, False, agent_pb2.EngineReport.STATE_AWAKE), group_id
+                budget = live.group.capacity.prefill_tokens_per_step
+                assert budget
+                assert self.engine(live.group.engine_id).limits == Limits(budget), group_id
         assert all(s.group_id in node.groups for s in node.streams.values())
         assert sorted(node.by_request.values()) == sorted(node.streams)
         for gpu in GPUS:

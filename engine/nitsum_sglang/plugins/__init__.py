@@ -19,11 +19,12 @@ def register() -> None:
         _loaded.append("cpu_seed")
     if not os.environ.get("NITSUM_ENGINE_ID"):
         return
-    from . import awake_log, exact_resume
+    from . import awake_log, exact_resume, governor
 
     exact_resume.register()
     awake_log.register()
-    _loaded.extend(("exact_resume", "awake_log"))
+    governor.register()
+    _loaded.extend(("exact_resume", "awake_log", "governor"))
     if os.environ.get("NITSUM_WEIGHT_STORE") == "1":
         importlib.import_module("nitsum_sglang.weights.transport").register()
         _loaded.append("weights")

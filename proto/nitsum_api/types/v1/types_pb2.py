@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fnitsum_api/types/v1/types.proto\x12\x13nitsum_api.types.v1\"$\n\x07PoolRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\"\x9c\x01\n\x0bModelSource\x12\x44\n\x0chugging_face\x18\x01 \x01(\x0b\x32,.nitsum_api.types.v1.ModelSource.HuggingFaceH\x00\x12\x0e\n\x04path\x18\x02 \x01(\tH\x00\x1a-\n\x0bHuggingFace\x12\x0c\n\x04repo\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\tB\x08\n\x06source\"q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x06source\x18\x02 \x01(\x0b\x32 .nitsum_api.types.v1.ModelSource\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\"j\n\x04Tier\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x03 \x01(\x01\x12\x0e\n\x06target\x18\x04 \x01(\x01\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x12\n\nis_default\x18\x06 \x01(\x08\"V\n\x0eResidentEngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07tp_size\x18\x03 \x01(\r\x12\x11\n\tgpu_uuids\x18\x04 \x03(\t\"=\n\tTierShare\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x12\x13\n\x0bmax_running\x18\x03 \x01(\r\"h\n\x08\x43\x61pacity\x12\x13\n\x0bmax_running\x18\x01 \x01(\r\x12\x15\n\rmax_kv_tokens\x18\x02 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\x12\x12\n\nmax_queued\x18\x04 \x01(\r\"\xa4\x02\n\x05Group\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x04pool\x18\x03 \x01(\x0b\x32\x1c.nitsum_api.types.v1.PoolRef\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0f\n\x07tp_size\x18\x06 \x01(\r\x12\x11\n\tgpu_uuids\x18\x07 \x03(\t\x12\'\n\x04role\x18\x08 \x01(\x0e\x32\x19.nitsum_api.types.v1.Role\x12.\n\x06shares\x18\t \x03(\x0b\x32\x1e.nitsum_api.types.v1.TierShare\x12/\n\x08\x63\x61pacity\x18\n \x01(\x0b\x32\x1d.nitsum_api.types.v1.Capacity\"\xaf\x01\n\x0cLengthSketch\x12\r\n\x05gamma\x18\x01 \x01(\x01\x12?\n\x07\x62uckets\x18\x02 \x03(\x0b\x32..nitsum_api.types.v1.LengthSketch.BucketsEntry\x12\x12\n\nzero_count\x18\x03 \x01(\x04\x12\x0b\n\x03sum\x18\x04 \x01(\x01\x1a.\n\x0c\x42ucketsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x11\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa1\x01\n\tGroupLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x17\n\x0fqueued_feasible\x18\x02 \x01(\r\x12\x1a\n\x12queued_best_effort\x18\x03 \x01(\r\x12\x19\n\x11queued_background\x18\x04 \x01(\r\x12\x17\n\x0fresident_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x04*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_MIXED\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03*q\n\x08\x46lipMode\x12\x19\n\x15\x46LIP_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46LIP_MODE_LET_FINISH\x10\x01\x12\x13\n\x0f\x46LIP_MODE_ABORT\x10\x02\x12\x1b\n\x17\x46LIP_MODE_MIGRATE_FIRST\x10\x03*s\n\tAdmission\x12\x19\n\x15\x41\x44MISSION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x44MISSION_FEASIBLE\x10\x01\x12\x19\n\x15\x41\x44MISSION_BEST_EFFORT\x10\x02\x12\x18\n\x14\x41\x44MISSION_BACKGROUND\x10\x03*\xa3\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x14\n\x10GROUP_STATE_OPEN\x10\x02\x12\x17\n\x13GROUP_STATE_CLOSING\x10\x03\x12\x17\n\x13GROUP_STATE_OPENING\x10\x04\x12\x16\n\x12GROUP_STATE_FAILED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fnitsum_api/types/v1/types.proto\x12\x13nitsum_api.types.v1\"$\n\x07PoolRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\"\x9c\x01\n\x0bModelSource\x12\x44\n\x0chugging_face\x18\x01 \x01(\x0b\x32,.nitsum_api.types.v1.ModelSource.HuggingFaceH\x00\x12\x0e\n\x04path\x18\x02 \x01(\tH\x00\x1a-\n\x0bHuggingFace\x12\x0c\n\x04repo\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\tB\x08\n\x06source\"q\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x06source\x18\x02 \x01(\x0b\x32 .nitsum_api.types.v1.ModelSource\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\"j\n\x04Tier\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07ttft_ms\x18\x02 \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x03 \x01(\x01\x12\x0e\n\x06target\x18\x04 \x01(\x01\x12\x0e\n\x06weight\x18\x05 \x01(\x01\x12\x12\n\nis_default\x18\x06 \x01(\x08\"V\n\x0eResidentEngine\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07tp_size\x18\x03 \x01(\r\x12\x11\n\tgpu_uuids\x18\x04 \x03(\t\"=\n\tTierShare\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x12\x13\n\x0bmax_running\x18\x03 \x01(\r\"\x89\x01\n\x08\x43\x61pacity\x12\x13\n\x0bmax_running\x18\x01 \x01(\r\x12\x15\n\rmax_kv_tokens\x18\x02 \x01(\x04\x12\x1c\n\x14prefill_tokens_per_s\x18\x03 \x01(\x01\x12\x12\n\nmax_queued\x18\x04 \x01(\r\x12\x1f\n\x17prefill_tokens_per_step\x18\x05 \x01(\r\"\xa4\x02\n\x05Group\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12*\n\x04pool\x18\x03 \x01(\x0b\x32\x1c.nitsum_api.types.v1.PoolRef\x12\x11\n\tengine_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x0f\n\x07tp_size\x18\x06 \x01(\r\x12\x11\n\tgpu_uuids\x18\x07 \x03(\t\x12\'\n\x04role\x18\x08 \x01(\x0e\x32\x19.nitsum_api.types.v1.Role\x12.\n\x06shares\x18\t \x03(\x0b\x32\x1e.nitsum_api.types.v1.TierShare\x12/\n\x08\x63\x61pacity\x18\n \x01(\x0b\x32\x1d.nitsum_api.types.v1.Capacity\"\xaf\x01\n\x0cLengthSketch\x12\r\n\x05gamma\x18\x01 \x01(\x01\x12?\n\x07\x62uckets\x18\x02 \x03(\x0b\x32..nitsum_api.types.v1.LengthSketch.BucketsEntry\x12\x12\n\nzero_count\x18\x03 \x01(\x04\x12\x0b\n\x03sum\x18\x04 \x01(\x01\x1a.\n\x0c\x42ucketsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x11\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xa1\x01\n\tGroupLoad\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x17\n\x0fqueued_feasible\x18\x02 \x01(\r\x12\x1a\n\x12queued_best_effort\x18\x03 \x01(\r\x12\x19\n\x11queued_background\x18\x04 \x01(\r\x12\x17\n\x0fresident_tokens\x18\x05 \x01(\x04\x12\x1a\n\x12kv_capacity_tokens\x18\x06 \x01(\x04*O\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_MIXED\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x0f\n\x0bROLE_DECODE\x10\x03*q\n\x08\x46lipMode\x12\x19\n\x15\x46LIP_MODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46LIP_MODE_LET_FINISH\x10\x01\x12\x13\n\x0f\x46LIP_MODE_ABORT\x10\x02\x12\x1b\n\x17\x46LIP_MODE_MIGRATE_FIRST\x10\x03*s\n\tAdmission\x12\x19\n\x15\x41\x44MISSION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x44MISSION_FEASIBLE\x10\x01\x12\x19\n\x15\x41\x44MISSION_BEST_EFFORT\x10\x02\x12\x18\n\x14\x41\x44MISSION_BACKGROUND\x10\x03*\xa3\x01\n\nGroupState\x12\x1b\n\x17GROUP_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14GROUP_STATE_STARTING\x10\x01\x12\x14\n\x10GROUP_STATE_OPEN\x10\x02\x12\x17\n\x13GROUP_STATE_CLOSING\x10\x03\x12\x17\n\x13GROUP_STATE_OPENING\x10\x04\x12\x16\n\x12GROUP_STATE_FAILED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +33,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LENGTHSKETCH_BUCKETSENTRY']._loaded_options = None
   _globals['_LENGTHSKETCH_BUCKETSENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1370
-  _globals['_ROLE']._serialized_end=1449
-  _globals['_FLIPMODE']._serialized_start=1451
-  _globals['_FLIPMODE']._serialized_end=1564
-  _globals['_ADMISSION']._serialized_start=1566
-  _globals['_ADMISSION']._serialized_end=1681
-  _globals['_GROUPSTATE']._serialized_start=1684
-  _globals['_GROUPSTATE']._serialized_end=1847
+  _globals['_ROLE']._serialized_start=1404
+  _globals['_ROLE']._serialized_end=1483
+  _globals['_FLIPMODE']._serialized_start=1485
+  _globals['_FLIPMODE']._serialized_end=1598
+  _globals['_ADMISSION']._serialized_start=1600
+  _globals['_ADMISSION']._serialized_end=1715
+  _globals['_GROUPSTATE']._serialized_start=1718
+  _globals['_GROUPSTATE']._serialized_end=1881
   _globals['_POOLREF']._serialized_start=56
   _globals['_POOLREF']._serialized_end=92
   _globals['_MODELSOURCE']._serialized_start=95
@@ -55,14 +55,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RESIDENTENGINE']._serialized_end=562
   _globals['_TIERSHARE']._serialized_start=564
   _globals['_TIERSHARE']._serialized_end=625
-  _globals['_CAPACITY']._serialized_start=627
-  _globals['_CAPACITY']._serialized_end=731
-  _globals['_GROUP']._serialized_start=734
-  _globals['_GROUP']._serialized_end=1026
-  _globals['_LENGTHSKETCH']._serialized_start=1029
-  _globals['_LENGTHSKETCH']._serialized_end=1204
-  _globals['_LENGTHSKETCH_BUCKETSENTRY']._serialized_start=1158
-  _globals['_LENGTHSKETCH_BUCKETSENTRY']._serialized_end=1204
-  _globals['_GROUPLOAD']._serialized_start=1207
-  _globals['_GROUPLOAD']._serialized_end=1368
+  _globals['_CAPACITY']._serialized_start=628
+  _globals['_CAPACITY']._serialized_end=765
+  _globals['_GROUP']._serialized_start=768
+  _globals['_GROUP']._serialized_end=1060
+  _globals['_LENGTHSKETCH']._serialized_start=1063
+  _globals['_LENGTHSKETCH']._serialized_end=1238
+  _globals['_LENGTHSKETCH_BUCKETSENTRY']._serialized_start=1192
+  _globals['_LENGTHSKETCH_BUCKETSENTRY']._serialized_end=1238
+  _globals['_GROUPLOAD']._serialized_start=1241
+  _globals['_GROUPLOAD']._serialized_end=1402
 # @@protoc_insertion_point(module_scope)

@@ -339,11 +339,14 @@ class Capacity(_message.Message):
     MAX_KV_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_FIELD_NUMBER: _builtins.int
+    PREFILL_TOKENS_PER_STEP_FIELD_NUMBER: _builtins.int
     max_running: _builtins.int
     max_kv_tokens: _builtins.int
     prefill_tokens_per_s: _builtins.float
     max_queued: _builtins.int
     """Waiting requests, over all three queues, past which Submit is refused as FULL."""
+    prefill_tokens_per_step: _builtins.int
+    """Prefill tokens that one step of the engine may carry beside streams that decode."""
     def __init__(
         self,
         *,
@@ -351,10 +354,11 @@ class Capacity(_message.Message):
         max_kv_tokens: _builtins.int = ...,
         prefill_tokens_per_s: _builtins.float = ...,
         max_queued: _builtins.int = ...,
+        prefill_tokens_per_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_kv_tokens", b"max_kv_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "prefill_tokens_per_s", b"prefill_tokens_per_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_kv_tokens", b"max_kv_tokens", "max_queued", b"max_queued", "max_running", b"max_running", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefill_tokens_per_step", b"prefill_tokens_per_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
