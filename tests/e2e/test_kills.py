@@ -20,7 +20,7 @@ from nitsum_local.stage import wait_until
 from .conftest import Expected, System
 from .waves import assert_equal, waves_until
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("system")]
 NODE = "node-0"
 
 

@@ -295,11 +295,3 @@ async def test_a_parked_engine_that_is_killed_comes_back_and_wakes(host: Running
     assert not [p for p in everything if running(p[0])]
     never_two_awake(host.folder)
     assert not host.memory.exists()
-
-
-@pytest.mark.timeout(300)
-async def test_tp_above_the_kv_heads_is_not_legal_on_cpu(host: Running) -> None:
-    model = types_pb2.Model(name="narrow", source=types_pb2.ModelSource(path=str(tiny_llama(heads=8, kv_heads=1, layers=2))))
-    pools = [agent_pb2.PoolDirective(pool=POOL, model=model)]
-    answer = await host.stub.Inspect(host_pb2.InspectRequest(pools=pools), timeout=60, wait_for_ready=True)
-    assert list(answer.models[0].legal_tp) == [1]
