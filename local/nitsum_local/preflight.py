@@ -136,10 +136,12 @@ def _memory_bytes() -> int:
 
 
 def main(say: Callable[[str], None] = print) -> int:
-    """Exit code 1 when anything is missing."""
+    """Exit code 1 when anything is missing. Says so when nothing is."""
     found = missing(gather(Path.cwd()))
     for one in found:
         say(f"missing: {one}")
+    if not found:
+        say("nothing is missing")
     return 1 if found else 0
 
 

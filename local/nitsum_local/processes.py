@@ -198,9 +198,10 @@ class Supervisor:
         self._remove.clear()
 
 
-def run(main: Coroutine[None, None, int]) -> int:
+def run(main: Coroutine[None, None, int], say: Callable[[str], None] = lambda line: None) -> int:
     """Runs `main` to its exit code. SIGINT, SIGTERM and SIGHUP (the terminal is gone) cancel it, so that every `async with` ends;
-    then the code is 130, 143 or 129. Under `nohup` a hang-up stays ignored."""
+    then the code is 130, 143 or 129, unless `main` takes it for its end and returns its own. Under `nohup` a hang-up stays ignored.
+    `say` hears of it, but not when the terminal is gone."""
     caught: list[int] = []
 
     async def outer() -> int:
@@ -211,15 +212,23 @@ def run(main: Coroutine[None, None, int]) -> int:
             caught.append(number)
             if len(caught) == 1:  # more do not disturb the way out: every step of it has a deadline
                 task.cancel()
+                tell("stopping what was started ...")
+
+        def tell(line: str) -> None:
+            if signal.SIGHUP not in caught:
+                say(line)
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 loop.add_signal_handler(number, on_signal, number)
         try:
-            return await task
+            code = await task
         except asyncio.CancelledError:
             if not caught:
                 raise
-            return 128 + caught[0]
+            code = 128 + caught[0]
+        if caught:
+            tell("all gone")
+        return code
 
     return asyncio.run(outer())

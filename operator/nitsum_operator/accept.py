@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nitsum.errors import InvalidSpec
-from nitsum.perf.profile import Profile, find, load_shipped
+from nitsum.perf.profile import Profile, find, load_shipped, shipped
 from nitsum.pool import Pool
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.conditions import Reason
@@ -34,13 +34,19 @@ class Judgement:
 
 def profile_for(pool: Pool, gpu_types: tuple[str, ...], read: Mapping[str, Profile]) -> Profile:
     """Named by the spec, else the shipped one of (model, GPU type). Raises InvalidSpec."""
+    there = ", ".join(sorted({*read, *shipped()}))
+    if pool.profile in read:
+        return read[pool.profile]
+    if pool.profile in shipped():
+        return load_shipped(pool.profile)
     if pool.profile:
-        return read[pool.profile] if pool.profile in read else load_shipped(pool.profile)
+        raise InvalidSpec("spec.profile", f"no profile {pool.profile!r}; there are: {there}", Reason.UNKNOWN_PROFILE)
     for gpu in gpu_types:
         if (found := next((p for p in read.values() if (p.model, p.gpu) == (pool.model, gpu)), None) or find(pool.model, gpu)) is not None:
             return found
     kinds = ", ".join(gpu_types) or "GPUs that no agent has named yet"
-    raise InvalidSpec("spec.profile", f"there is no profile of {pool.model} on {kinds}; name one in spec.profile", "UnknownProfile")
+    text = f"there is no profile of {pool.model} on {kinds}; name one in spec.profile; there are: {there}"
+    raise InvalidSpec("spec.profile", text, Reason.UNKNOWN_PROFILE)
 
 
 def check_facts(pool: Pool, facts: list[agent_pb2.ModelFacts]) -> None:

@@ -70,7 +70,7 @@ class History:
                 reason=reasons.get(pool, "")[:512] or None,
                 outcome=status.OUTCOMES.get(flip.outcome, "Failed"),
                 streams_moved=flip.streams_moved,
-                pause_ms=sum(p.duration_ms for p in flip.phases),
+                pause_ms=round(sum(p.duration_ms for p in flip.phases)),
             )
             self._last[pool] = [entry, *self._last.get(pool, [])][:KEPT_MAX]
             self._total[pool] = self._total.get(pool, 0) + 1

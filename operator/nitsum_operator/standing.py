@@ -131,8 +131,12 @@ class Standing:
             return "True", Reason.FLIPPING, "A flip between warm engines is running."
         if any(a.in_progress for a in self.agents) or (self.wanted and self.wanted != self.runs):
             return "True", Reason.CHANGING_RESIDENCY, "Engines are being started or stopped."
-        if self.plan is not None and self.plan.verdict is Verdict.BLOCKED:
+        if self.judged.accepted is None:
+            return "False", Reason.NOT_ACCEPTED, "No spec is in force, so there is nothing to change; see Accepted."
+        if self.plan is None:
+            return "False", Reason.NO_PLAN_YET, "Nothing has been planned yet."
+        if self.plan.verdict is Verdict.BLOCKED:
             return "False", Reason.PLAN_BLOCKED, "; ".join(self.plan.reasons)
-        if self.plan is not None and self.plan.would_change and self._mode is AdaptationMode.ADVISORY:
+        if self.plan.would_change and self._mode is AdaptationMode.ADVISORY:
             return "False", Reason.ADVISORY, self.plan.reasons[-1]
         return "False", Reason.PLANNED, "What runs is what the plan wants."

@@ -68,7 +68,11 @@ class Reason(StrEnum):
     )
     MODEL_NAME_TAKEN = "ModelNameTaken", "Accepted=False", "An older pool serves a model of this name; rename one of them."
     UNSUPPORTED_MODEL = "UnsupportedModel", "Accepted=False", "The checkpoint cannot be served, or not be found; the message says why."
-    UNKNOWN_PROFILE = "UnknownProfile", "Accepted=False", "There is no step-time profile of that name; the message lists those there are."
+    UNKNOWN_PROFILE = (
+        "UnknownProfile",
+        "Accepted=False",
+        "There is no step-time profile of that name, or none of the model on these GPUs; the message lists those there are.",
+    )
     MODEL_FACTS_PENDING = "ModelFactsPending", "Accepted=Unknown", "No agent has reported yet, so there is nothing to plan with."
 
     SERVING = "Serving", "Ready=True, Serving=True", "Requests are served."
@@ -76,7 +80,7 @@ class Reason(StrEnum):
     AWAITING_ENGINES = "AwaitingEngines", "Ready=False, Serving=False", "Engines are being started, warmed up and timed."
     NO_AGENTS = "NoAgents", "Ready=False, AgentsConnected=False", "No node with an agent matches spec.budget.nodeSelector."
     NOT_ENOUGH_GPUS = "NotEnoughGpus", "Ready=False, Degraded=True", "Fewer GPUs are free than the smallest allowed TP, or than the budget."
-    NOT_ACCEPTED = "NotAccepted", "Ready=False", "The spec was never accepted, so nothing runs; see Accepted."
+    NOT_ACCEPTED = "NotAccepted", "Ready=False, Progressing=False", "The spec was never accepted, so nothing runs; see Accepted."
     ENGINES_FAILED = (
         "EnginesFailed",
         "Ready=False, Degraded=True",
@@ -95,7 +99,7 @@ class Reason(StrEnum):
         "Feasible=False",
         "A tier's target is out of reach with this budget; the message names the tier and what limits it.",
     )
-    NO_PLAN_YET = "NoPlanYet", "Feasible=Unknown", "Nothing has been planned yet."
+    NO_PLAN_YET = "NoPlanYet", "Feasible=Unknown, Progressing=False", "Nothing has been planned yet."
 
     ALL_CONNECTED = "AllConnected", "AgentsConnected=True, Connected=True", "Reports arrive."
     AGENT_LOST = "AgentLost", "AgentsConnected=False, Connected=False, Degraded=True", "An agent cannot be reached; its GPUs count as used."

@@ -110,6 +110,13 @@ def test_the_mix_decides_tp_and_the_reasons_say_why() -> None:
     assert strict.pools[0].rejected
 
 
+def test_less_goodput_for_a_tiers_target_is_explained() -> None:
+    nodes = applied(fleet(2), v0.plan(snapshot((pool(budget=2),), fleet(2), agents=9.0), 0.0))
+    why = v0.plan(snapshot((pool(budget=2),), nodes, now=100, interactive=0.3, agents=1.0), 100.0).pools[0].reasons[-1]
+    assert "interactive would meet 0% of its requests now, 100% then" in why
+    assert "targets come before goodput" in why
+
+
 def test_frozen_advisory_stale_and_flipping_keep_what_runs() -> None:
     nodes = applied(fleet(2), plan(snapshot((pool(budget=2),), fleet(2), agents=3.0), 0.0))
     wanted = {"interactive": 0.3, "agents": 0.05}

@@ -3,6 +3,7 @@ from dataclasses import replace
 from nitsum_local.demo.flips import Window, met, moved, of_pool
 from nitsum_local.demo.summary import Summary, summarise
 from nitsum_local.demo.traffic import Stream, compare
+from nitsum_local.demo.view import lasting
 
 
 def stream(*tokens: str, times: tuple[float, ...] = ()) -> Stream:
@@ -76,3 +77,9 @@ def test_a_flip_of_another_pool_or_node_is_not_mixed_into_ours() -> None:
     found = of_pool(sorted([*chat, *there, *other], key=lambda x: float(str(x["t"]))), "default.chat", 0.0)
     assert [(w.start, w.end) for w in found] == [(5.0, 5.2), (5.1, 5.3)]
     assert of_pool(chat, "default.chat", 6.0) == []
+
+
+def test_the_view_goes_on_showing_why_while_a_decision_is_only_held_up() -> None:
+    assert lasting(["profile p", "first layout: 1 x TP3"], "") == "first layout: 1 x TP3"
+    assert lasting(["profile p", "a flip is running"], "first layout: 1 x TP3") == "first layout: 1 x TP3"
+    assert lasting([], "first layout: 1 x TP3") == "first layout: 1 x TP3"

@@ -124,3 +124,27 @@ sys.exit(run(main()))
     assert await asyncio.to_thread(process.wait, 10) == 128 + signal.SIGINT
     assert await gone(child)
     assert not (tmp_path / "shm").exists()
+
+
+@pytest.mark.parametrize(("takes_it", "code"), [(False, 130), (True, 0)])
+async def test_an_interrupted_run_says_so_and_what_stays_up_until_then_may_call_it_success(takes_it: bool, code: int) -> None:
+    program = f"""
+import asyncio, sys
+from nitsum_local.processes import run
+async def main():
+    print("up", flush=True)
+    try:
+        await asyncio.sleep(100)
+    except asyncio.CancelledError:
+        if not {takes_it}:
+            raise
+    return 0
+sys.exit(run(main(), lambda line: print(line, flush=True)))
+"""
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"up\n"
+    process.send_signal(signal.SIGINT)
+    out, _ = await process.communicate()
+    assert out.decode().splitlines() == ["stopping what was started ...", "all gone"]
+    assert process.returncode == code

@@ -13,6 +13,7 @@ import pytest
 import nitsum_operator
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Capacity, Group, Layout, TierShare
+from nitsum.perf.profile import shipped
 from nitsum.planner.types import NodePlan, Plan, PlannerSettings, PoolPlan, TierOutlook
 from nitsum.residency import Residency, ResidentEngine
 from nitsum_api.agent.v1 import agent_pb2
@@ -85,6 +86,9 @@ def test_profile_not_found_names_the_gpu() -> None:
     result = judged([pool("p", "2026-01-01T00:00:00Z", **spec)])["a/p"]
     assert result.reason == "UnknownProfile"
     assert "slot" in result.message
+    named = judged([pool("p", "2026-01-01T00:00:00Z", profile="unheard-of")])["a/p"]
+    assert named.reason == "UnknownProfile"
+    assert all(name in message for name in shipped() for message in (result.message, named.message)), "both list those there are"
 
 
 def node(capacity: int, gpu: str = "g0") -> NodePlan:
@@ -370,6 +374,12 @@ def test_advisory_says_what_it_would_do() -> None:
     would = PoolPlan("a/p", 2, 1.0, (), ("Advisory: would change 2xTP1 to 1 x TP2",), would_change=True)
     standing = Standing(judged([obj])["a/p"], would, (), (), (), frozenset(), frozenset(), {})
     assert standing.rows()[PoolCondition.PROGRESSING] == ("False", "Advisory", would.reasons[-1])
+
+
+def test_nothing_is_as_planned_where_nothing_is_planned() -> None:
+    good, refused = judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"], judged([pool("p", "2026-01-01T00:00:00Z", profile="none")])["a/p"]
+    rows = [Standing(j, None, (), (), (), frozenset(), frozenset(), {}).rows()[PoolCondition.PROGRESSING] for j in (good, refused)]
+    assert [row[:2] for row in rows] == [("False", "NoPlanYet"), ("False", "NotAccepted")]
 
 
 def test_figures_and_what_follows_from_them_are_no_reason_to_write_at_once() -> None:

@@ -405,6 +405,7 @@ def _decide(view: _PoolView, now: float) -> tuple[tuple[_Placed, ...], PoolPlan]
         reasons.append(
             f"{_describe(repaired)} -> {best.label}: expected goodput {current.goodput:.2f} -> {best.goodput:.2f} requests/s "
             f"for a pause of {pause * 1e3:.0f} ms on {part:.0%} of the GPUs, expected to last {settings.dwell_s:g} s"
+            f"{_in_spite(current, best)}"
         )
     elif any(g.pool == pool.name for n in view.snapshot.nodes for g in n.layout.groups):
         reasons.append(f"nothing that runs fits the spec or the GPUs any more: {best.label}")
@@ -413,6 +414,17 @@ def _decide(view: _PoolView, now: float) -> tuple[tuple[_Placed, ...], PoolPlan]
     return best.placed, PoolPlan(
         pool.name, gpus, best.goodput, best.outlook, tuple(reasons), _rejected(ranked[1:], current), Verdict.CHANGE
     )
+
+
+def _in_spite(current: _Valued, best: _Valued) -> str:
+    """Why a shape of less goodput wins: the tiers that come nearer to their targets by it."""
+    if best.goodput >= current.goodput:
+        return ""
+    then = {t.tier: min(t.slack, 1.0) for t in best.outlook}
+    shares = [(t.tier, min(t.slack, 1.0), then[t.tier]) for t in current.outlook]
+    gains = [f"{tier} would meet {now:.0%} of its requests now, {after:.0%} then" for tier, now, after in shares if after > now]
+    costs = [f"{tier} {now:.0%} now, {after:.0%} then" for tier, now, after in shares if after < now]
+    return f"; {', '.join(gains + costs)}; targets come before goodput, by weight" if gains else ""
 
 
 def _rejected(ranked: list[_Valued], current: _Valued) -> tuple[str, ...]:

@@ -36,7 +36,8 @@ def main(
     """A ServingPool on a real control plane, served by SGLang, flips its TP while requests stream."""
     os.umask(0o077)
     program = PROGRAMS[model]
-    scenario = Scenario(ROOT, state / "demo", program, View(Console(highlight=False), program.tiers))
+    view = View(Console(highlight=False), program.tiers)
+    scenario = Scenario(ROOT, state / "demo", program, view)
 
     async def demo() -> int:
         try:
@@ -48,7 +49,13 @@ def main(
             print(f"make demo: it did not show what it promises; logs: {state / 'demo/log'}", file=sys.stderr)
         return 0 if summary.good else 2
 
-    sys.exit(run(demo()))
+    def say(line: str) -> None:
+        try:
+            view.say(line)
+        except OSError:  # Ctrl-C ended what we were piped into as well: no reason to end with another exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    sys.exit(run(demo(), say))
 
 
 if __name__ == "__main__":

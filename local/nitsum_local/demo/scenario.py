@@ -1,10 +1,11 @@
 """The demo from its first phase to its last."""
 
 import asyncio
+import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import httpx
 from openai import AsyncOpenAI
 from rich.live import Live
 
+from nitsum.pool import AdaptationMode
 from nitsum_local.binaries import kubectl, needed, use_existing
 from nitsum_local.demo import flips, tools
 from nitsum_local.demo.phases import Phase
@@ -19,13 +21,14 @@ from nitsum_local.demo.program import PLANNER, Program
 from nitsum_local.demo.summary import Summary, summarise
 from nitsum_local.demo.traffic import Question, Stream, Traffic, run_stream
 from nitsum_local.demo.view import View
-from nitsum_local.demo.watch import PoolWatch, create_pool, freeze_pool
+from nitsum_local.demo.watch import PoolWatch, create_pool, set_mode
 from nitsum_local.install import local_address
 from nitsum_local.preflight import gather, missing
 from nitsum_local.stage import Stage, pool_manifest, wait_until
 
 READY_S = 300.0
 SETTLE_S = 60.0
+PROGRESS_S = 5.0
 REFERENCES_AT_ONCE = 4
 
 
@@ -64,9 +67,20 @@ class Scenario:
             summary = await self._on(stage, models, keep)
             summary.write(result)
             if keep:
+                await set_mode(stage.api, stage.pools_namespace, self.program.example, AdaptationMode.ACTIVE)
+                view.say(f"pool {self.program.example} adapts again (it was frozen for the references)")
                 view.say("everything stays up until Ctrl-C")
-                await asyncio.Event().wait()
+                await self._until_interrupted()
         return summary
+
+    @staticmethod
+    async def _until_interrupted() -> None:
+        """To be interrupted is how a demo that stays up ends: no failure, so the cancellation goes no further."""
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
 
     async def _on(self, stage: Stage, models: Mapping[str, Path], keep: bool) -> Summary:
         view = self.view
@@ -79,6 +93,8 @@ class Scenario:
         view.enter(Phase.GATEWAY, "one OpenAI endpoint for all pools")
         await stage.start_gateway()
         view.enter(Phase.POOLS, f"examples/{self.program.example}.yaml, with the checkpoint's folder on this machine")
+        for example, _ in self.program.others:
+            view.say(f"beside it examples/{example}.yaml, a second pool, which gets no traffic")
         watch = await self._serve(stage, models)
         view.say(f"planned with the shipped profile {self._profile(watch)}; online correction is off")
         http = httpx.AsyncClient(verify=stage.ssl_context(), timeout=120)
@@ -98,17 +114,26 @@ class Scenario:
             await create_pool(stage.api, stage.pools_namespace, pool_manifest(self.root / f"examples/{example}.yaml", models[checkpoint]))
         view.watch = watch = PoolWatch(stage.api, stage.pools_namespace, program.example)
 
-        told = ""
+        told, began = "", time.monotonic()
+        said = began
 
         async def ready() -> bool:
-            nonlocal told
+            nonlocal told, said
             await watch.refresh()
-            if not watch.ready and (message := watch.condition("Ready").get("message", "")) not in ("", told):
+            if watch.ready:
+                return True
+            if (message := watch.condition("Ready").get("message", "")) not in ("", told):
                 told = message
                 view.say(f"not ready yet: {message}")
-            return watch.ready
+            if (now := time.monotonic()) - said >= PROGRESS_S:
+                said = now
+                done, there = await watch.engines()
+                engines = f"{done} of {there} engines of {program.example} are ready" if there else "no engine is reported yet"
+                view.progress(f"{engines}, {now - began:.0f} s so far (it takes a minute or two)")
+            return False
 
-        await wait_until(ready, f"pool {program.example} is Ready; its status: kubectl describe spool {program.example}", READY_S)
+        async with self._drawn():
+            await wait_until(ready, f"pool {program.example} is Ready; its status: kubectl describe spool {program.example}", READY_S)
 
         async def serves() -> bool:
             async with httpx.AsyncClient(verify=stage.ssl_context(), timeout=30) as http:
@@ -152,7 +177,7 @@ class Scenario:
             view.headline = "no new requests; the last streams end"
             await traffic.settle(SETTLE_S)
             view.enter(Phase.REFERENCE, "what the streams asked that a flip met, once more, without a flip")
-            await freeze_pool(stage.api, stage.pools_namespace, self.program.example)
+            await set_mode(stage.api, stage.pools_namespace, self.program.example, AdaptationMode.FROZEN)
             lines = stage.awake_lines()
             happened = flips.of_pool(lines, f"{stage.pools_namespace}.{self.program.example}", began)
             record = {"awake": lines, "streams": [asdict(s) for s in traffic.streams], "flips": watch.status.get("lastFlips")}
@@ -178,6 +203,15 @@ class Scenario:
         distinct = {s.question: s for s in streams}
         return dict(zip(distinct, await asyncio.gather(*(one(s) for s in distinct.values())), strict=True))
 
+    @contextlib.asynccontextmanager
+    async def _drawn(self) -> AsyncIterator[None]:
+        drawing = asyncio.create_task(self._draw())
+        try:
+            yield
+        finally:
+            drawing.cancel()
+            await asyncio.wait([drawing])
+
     async def _draw(self) -> None:
         view = self.view
         if not view.console.is_terminal:
@@ -200,4 +234,7 @@ class Scenario:
             f"{base} describe servingpool {name}",
             f"{base} explain servingpool.spec.tiers",
             f"curl --cacert {ca} {stage.base_url}/v1/models",
+            f"curl --cacert {ca} {stage.base_url}/v1/chat/completions -H 'content-type: application/json' "
+            f"-H 'x-nitsum-tier: {self.program.tiers[0]}' "
+            f"""-d '{{"model": "{self._model}", "temperature": 0, "messages": [{{"role": "user", "content": "Hello"}}]}}'""",
         ]

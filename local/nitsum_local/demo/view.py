@@ -12,6 +12,8 @@ from nitsum_local.demo.phases import Phase
 from nitsum_local.demo.traffic import Stream
 from nitsum_local.demo.watch import PoolWatch
 
+TRANSIENT = ("a flip is running", "cooling down", "no fresh demand report")
+"""How reasons begin that only hold a decision up for a moment: the view goes on showing the one before."""
 COLOURS = {1: "cyan", 2: "green", 3: "magenta", 4: "yellow"}
 
 
@@ -29,6 +31,11 @@ def layout_picture(layout: str) -> Text:
     return text if text.plain else Text("no layout yet", style="dim")
 
 
+def lasting(reasons: Sequence[str], shown: str) -> str:
+    """The last reason of the plan; `shown` goes on where that is a transient hold."""
+    return shown if not reasons or reasons[-1].startswith(TRANSIENT) else reasons[-1]
+
+
 class View:
     """`render()` is the picture of now; `say()` prints a line above it."""
 
@@ -38,7 +45,7 @@ class View:
         self.phase, self.headline = Phase.PREFLIGHT, ""
         self.watch: PoolWatch | None = None
         self.streams: list[Stream] = []
-        self._last, self._told = "", 0
+        self._last, self._told, self._reason = "", 0, ""
 
     def say(self, line: str) -> None:
         self.console.print(Text(f"{time.monotonic() - self.began:6.1f} s  {line}"), soft_wrap=True)
@@ -46,6 +53,13 @@ class View:
     def enter(self, phase: Phase, headline: str) -> None:
         self.phase, self.headline = phase, headline
         self.say(f"{phase}: {headline}")
+
+    def progress(self, line: str) -> None:
+        """What goes on while one waits: the picture's foot in a terminal, a line elsewhere."""
+        if self.console.is_terminal:
+            self.headline = line
+        else:
+            self.say(line)
 
     def note_changes(self) -> None:
         """A line per change of the pool's layout and per stream that failed."""
@@ -71,11 +85,11 @@ class View:
             gpus = (status.get("gpus") or {}).get("summary", "")
             cells = (gpus, status.get("layout"), status.get("attainment"), status.get("goodput"), ready, status.get("reason"))
             pool.add_row(self.watch.name, *(str(c or "") for c in cells))
-        reasons = (status.get("plan") or {}).get("reasons") or [""]
+        self._reason = lasting((status.get("plan") or {}).get("reasons") or [], self._reason)
         parts: list[RenderableType] = [
             pool,
             Text.assemble("\n layout  ", layout_picture(status.get("layout") or "")),
-            Text(f" plan    {reasons[-1]}", style="dim"),
+            Text(f" plan    {self._reason}", style="dim"),
             self._streams(),
             self._flips(),
         ]

@@ -6,7 +6,8 @@ from typing import Any
 from kubernetes import client
 from urllib3.exceptions import HTTPError
 
-from nitsum_api.resources import GROUP, POOLS, VERSION
+from nitsum.pool import AdaptationMode
+from nitsum_api.resources import GROUP, NODES, POOLS, VERSION
 
 POLL_S = 0.5
 
@@ -33,6 +34,16 @@ class PoolWatch:
             return
         self.status = found.get("status") or {}
 
+    async def engines(self) -> tuple[int, int]:
+        """Of this pool, as ServingNodes show them: ready (parked or awake), and in all. (0, 0) where the API server does not answer."""
+        try:
+            found = await asyncio.to_thread(self._custom.list_cluster_custom_object, GROUP, VERSION, NODES, _request_timeout=5)
+        except (client.ApiException, HTTPError):
+            return 0, 0
+        engines = [e for n in found["items"] for e in (n.get("status") or {}).get("engines") or []]
+        states = [e.get("state") for e in engines if e["id"].startswith(f"{self.namespace}.{self.name}-tp")]
+        return sum(s in ("Parked", "Awake") for s in states), len(states)
+
     def condition(self, kind: str) -> dict[str, Any]:
         return next((c for c in self.status.get("conditions") or [] if c["type"] == kind), {})
 
@@ -56,7 +67,7 @@ async def create_pool(api: Any, namespace: str, manifest: dict[str, Any]) -> Non
     await asyncio.to_thread(custom.create_namespaced_custom_object, GROUP, VERSION, namespace, POOLS, manifest, _request_timeout=10)
 
 
-async def freeze_pool(api: Any, namespace: str, name: str) -> None:
-    """No layout changes any more; routing and repair go on."""
-    custom, patch = client.CustomObjectsApi(api), {"spec": {"adaptation": {"mode": "Frozen"}}}
+async def set_mode(api: Any, namespace: str, name: str, mode: AdaptationMode) -> None:
+    """Frozen: no layout changes any more; routing and repair go on."""
+    custom, patch = client.CustomObjectsApi(api), {"spec": {"adaptation": {"mode": str(mode)}}}
     await asyncio.to_thread(custom.patch_namespaced_custom_object, GROUP, VERSION, namespace, POOLS, name, patch, _request_timeout=10)
