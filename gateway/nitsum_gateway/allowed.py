@@ -95,11 +95,16 @@ def _lacks(path: str, body: dict[str, Any]) -> Wrong | None:
     for i, message in enumerate(messages or ()):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return Wrong(f"messages[{i}]", f"messages[{i}] must be an object with a role and a content")
+        if not isinstance(message.get("content"), str | list | None):
+            return Wrong(f"messages[{i}].content", f"messages[{i}].content must be a string or a list of parts")
     if isinstance(body.get("prompt"), dict | int | float):
         return Wrong("prompt", "prompt must be a string, a list of strings or a list of token ids")
     for name in ("stream", "echo", "ignore_eos"):
         if not isinstance(body.get(name), bool | None):
             return Wrong(name, f"{name} must be true or false")
+    for name in ("response_format", "stream_options"):
+        if not isinstance(body.get(name), dict | None):
+            return Wrong(name, f"{name} must be an object")
     return None
 
 

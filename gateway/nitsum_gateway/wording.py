@@ -1,5 +1,6 @@
 """A front's error texts as clients may see them: the field and what is wrong with it, nothing of our machines, code or private fields."""
 
+import ast
 import re
 
 MESSAGE_CHARS_MAX = 2000
@@ -10,19 +11,20 @@ INTERNAL = re.compile(
     re.VERBOSE,
 )
 RETRY = re.compile(r" ?\[retry after \d+ ms\]")
-_FASTAPI = re.compile(r"'loc': \(([^()]*)\), 'msg': (?:'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\")")
-_PYDANTIC = re.compile(r"validation errors? for [^\n]*\n([\w.\[\]-]+)\n\s+(.*?) \[type=", re.DOTALL)
-_KINDS = re.compile(r"[A-Z]\w*|.*[\[(-].*")
+_FASTAPI = re.compile(r"'loc': (\(.{0,1000}?\)), 'msg': (?:'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\")")
+_PYDANTIC = re.compile(r"validation errors? for [^\n]*\n([^\n]{1,1000})\n\s+(.*?) \[type=", re.DOTALL)
+_CLASS = re.compile(r" or instance of \w+")
+_DOT = re.compile(r"\.(?![^\[]*\])")
+_KINDS = re.compile(r"[A-Z]\w*|.*[\[(-].*|str|int|float|bool")
 """Steps of a path that are names of types, not of fields."""
 
 
 def public(status: int, text: str) -> tuple[str, str | None]:
     """The message, and the field that it is about where a validation error names one."""
     if (found := _FASTAPI.search(text[:65_536])) is not None:
-        steps = [step.strip().strip("'\"") for step in found[1].split(",")]
-        return _said(status, [s for s in steps if s and s != "body"], found[2] or found[3] or "")
+        return _said(status, _steps(found[1]), found[2] or found[3] or "")
     if (found := _PYDANTIC.search(text[:65_536])) is not None:
-        return _said(status, found[1].split("."), found[2])
+        return _said(status, _DOT.split(found[1]), found[2])
     if INTERNAL.search(text[:65_536]):
         wait = RETRY.search(text)
         short = text.split(" (", 1)[0].split("\n", 1)[0]  # the router's own sentence, without what its nodes say
@@ -30,6 +32,14 @@ def public(status: int, text: str) -> tuple[str, str | None]:
         return f"{told}{wait[0]}" if wait and wait[0] not in told else told, None
     text = text.replace(".This model supports", ". This model supports")
     return text[:MESSAGE_CHARS_MAX], None
+
+
+def _steps(location: str) -> list[str]:
+    """Of the text of a tuple; `body` says nothing."""
+    try:
+        return [str(step) for step in ast.literal_eval(location) if step != "body"]
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return []
 
 
 def _said(status: int, steps: list[str], message: str) -> tuple[str, str | None]:
@@ -40,6 +50,7 @@ def _said(status: int, steps: list[str], message: str) -> tuple[str, str | None]
         elif not _KINDS.fullmatch(step):
             param += f".{step}" if param else step
     param = param[:PARAM_CHARS_MAX]
+    message = _CLASS.sub("", message)
     if INTERNAL.search(param) or INTERNAL.search(message):
         return _plain(status), None
     return (f"{param}: {message}" if param else message)[:MESSAGE_CHARS_MAX] or _plain(status), param or None

@@ -158,8 +158,10 @@ def test_any_types_may_come(body: dict[str, Any]) -> None:
         ("/v1/chat/completions", {"messages": "hi"}, "messages", "invalid_value"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}, "hi"]}, "messages[1]", "invalid_value"),
         ("/v1/chat/completions", {"messages": [{"content": "x"}]}, "messages[0]", "invalid_value"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
         ("/v1/completions", {"prompt": {"a": 1}}, "prompt", "invalid_value"),
         ("/v1/completions", {"prompt": 7}, "prompt", "invalid_value"),
+        ("/v1/completions", {"prompt": "x", "response_format": 5}, "response_format", "invalid_value"),
         ("/v1/completions", {"prompt": "x", "stream": "maybe"}, "stream", "invalid_value"),
     ],
 )

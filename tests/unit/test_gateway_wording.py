@@ -59,6 +59,24 @@ def test_a_validation_error_keeps_its_field_and_loses_the_rest(body: dict[str, A
         assert (r.status_code, told["message"], told["param"], told["type"]) == (400, said, param, "invalid_request_error")
 
 
+@pytest.mark.parametrize(
+    ("location", "param"),
+    [
+        (("messages", 0, "function-after[check_role(), UserParam]", "role"), "messages[0].role"),
+        (("effort", "literal['none','low']"), "effort"),
+        (("prompt", "list[int]", 0), "prompt[0]"),
+        (("tool_choice", "ToolChoice"), "tool_choice"),
+        (("messages", 0, "content", "str"), "messages[0].content"),
+    ],
+)
+def test_names_of_types_are_no_fields(location: tuple[str | int, ...], param: str) -> None:
+    message = "Input should be a valid dictionary"
+    error = {"type": "x", "loc": ("body", *location), "msg": message + " or instance of ToolChoice", "input": "'loc': ('a',), 'msg': 'b'"}
+    assert public(400, str(RequestValidationError([error], endpoint_ctx=CONTEXT))) == (f"{param}: {message}", param)
+    own = "1 validation error for Asked\n" + ".".join(map(str, location)) + f"\n  {message} [type=x, input_value=1, input_type=int]\n"
+    assert public(400, own) == (f"{param}: {message}", param)
+
+
 def test_pydantics_own_text_too() -> None:
     assert public(400, str(refused(BODY))) == ("messages: Field required", "messages")
 
