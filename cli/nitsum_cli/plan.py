@@ -21,7 +21,7 @@ from nitsum.sim import arrivals, hardware, workload
 from nitsum.sim.demand import Foresight
 from nitsum_cli import files
 from nitsum_cli.errors import bad_input_exits_2
-from nitsum_cli.simulate import read_pool, read_profile
+from nitsum_cli.simulate import origin, read_pool, read_profile
 
 
 def read_demand(demand_path: Path | None, workload_path: Path | None, pool: Pool, context: int) -> tuple[TierDemand, ...]:
@@ -76,6 +76,7 @@ def command(
         slack = "-" if t.rate <= 0 else f"{t.slack:.2f}x"
         table.add_row(t.tier, f"{t.rate:.2f}", f"{t.safe_rate:.2f}", slack, "yes" if t.feasible else "NO", t.binding)
     console.print(table)
+    console.print(origin(times), highlight=False, markup=False)
     for label, lines in (("why", found.reasons), ("rejected", found.rejected)):
         for line in lines:
             console.print(f"{label}: {line}", highlight=False)

@@ -11,11 +11,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from nitsum.errors import InvalidSpec
-from nitsum.perf.profile import Profile, parse
+from nitsum.perf.names import gpu_type
+from nitsum.perf.profile import Profile, find, load_shipped, parse, shipped
 from nitsum.pool import Pool
 from nitsum.sim import arrivals, compare, hardware, workload
 from nitsum.sim.policies import registry
-from nitsum_api.resources import API_VERSION, POOL_KIND, ModelSpec, pool_from_resource
+from nitsum_api.resources import API_VERSION, POOL_KIND, ModelSpec, check_manifest, pool_from_resource
 from nitsum_cli import files, report
 from nitsum_cli.errors import bad_input_exits_2
 from nitsum_operator.accept import profile_for
@@ -29,11 +30,34 @@ def read_pool(path: Path) -> tuple[Pool, ModelSpec]:
     meta = raw.get("metadata")
     if not isinstance(meta, dict) or not isinstance(meta.get("name"), str):
         raise InvalidSpec("metadata.name", f"missing in {path}")
+    check_manifest(raw)
     return pool_from_resource({**raw, "metadata": {"namespace": "default", **meta}})
 
 
 def read_profile(path: Path | None, pool: Pool, gpu_types: tuple[str, ...]) -> Profile:
-    return profile_for(pool, gpu_types, {}) if path is None else parse(files.read(path), path.name)
+    """Raises InvalidSpec; also for a GPU that the profile is not of: its step times say nothing about it."""
+    try:
+        found = profile_for(pool, gpu_types, {}) if path is None else parse(files.read(path), path.name)
+    except InvalidSpec as e:
+        if path is None and not pool.profile and e.reason == "UnknownProfile":
+            raise InvalidSpec(e.path, f"{e.message}, or --profile FILE; {_there_are(pool)}", e.reason) from e
+        raise
+    if other := [g for g in gpu_types if gpu_type(g) != gpu_type(found.gpu)]:
+        raise InvalidSpec("fleet", f"profile {found.name} is of {found.gpu}, not of {other[0]!r}; {_there_are(pool)}", "UnknownGpu")
+    return found
+
+
+def _there_are(pool: Pool) -> str:
+    """GPU types with a shipped profile: of the pool's model, else of any."""
+    every = [load_shipped(name) for name in shipped()]
+    gpus = sorted({p.gpu for p in every})
+    own = [g for g in gpus if find(pool.model, g)]
+    return f"shipped for {pool.model if own else 'any model'} are profiles of {', '.join(own or gpus)}"
+
+
+def origin(times: Profile) -> str:
+    """What the figures rest on."""
+    return f"step times: {times.origin}, profile {times.name} ({times.model} on {times.gpu})"
 
 
 @bad_input_exits_2
@@ -94,14 +118,14 @@ def simulate(
         files.write(json_path, json.dumps(document, indent=1) + "\n")
     if report_path is not None:
         files.write(report_path, report.page(done, document, spec, times))
-    _show(figures, document["notes"])
+    _show(figures, origin(times), document["notes"])
 
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def _show(figures: dict[str, Any], notes: list[str]) -> None:
+def _show(figures: dict[str, Any], step_times: str, notes: list[str]) -> None:
     tiers = list(next(iter(figures.values()))["tiers"])
     table = Table("policy", "goodput/s", "attained", *tiers, "offered/s", "refused", "too long", "flips", "GPUs", box=SIMPLE)
     for name, f in figures.items():
@@ -113,5 +137,6 @@ def _show(figures: dict[str, Any], notes: list[str]) -> None:
     if not console.is_terminal:  # a file or a pipe has no width to keep to
         console = Console(width=200)
     console.print(table)
+    console.print(step_times, highlight=False, markup=False)
     for note in notes:
         console.print(f"note: {note}", highlight=False)

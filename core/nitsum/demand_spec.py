@@ -33,6 +33,8 @@ def _length(value: Any, path: str) -> tuple[float, float]:
 
 def parse(raw: Any, pool: str, tiers: tuple[str, ...], at: float = 0.0) -> tuple[TierDemand, ...]:
     """Raises InvalidSpec with the field's path. A tier that is not named asks for nothing."""
+    if isinstance(raw, Mapping) and (extra := [k for k in raw if k != "tiers"]):
+        raise InvalidSpec(str(extra[0]), "unknown field; a demand has tiers alone: {tiers: {NAME: {rate, prompt, output}}}")
     if not isinstance(raw, Mapping) or set(raw) != {"tiers"} or not isinstance(raw["tiers"], Mapping) or not raw["tiers"]:
         raise InvalidSpec("demand", "must be {tiers: {NAME: {rate, prompt, output}}}")
     found = []

@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from nitsum_api.limits import excess
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import seam
 from nitsum_sglang.plugins.exact_resume import RESUME_KEY
@@ -67,6 +68,8 @@ class Requests:
             raise ValueError(f"token_ids: outside the vocabulary of {self.vocab_size}")
         if wanted.top > self.vocab_size:
             raise ValueError(f"logprobs.top: {wanted.top} exceeds the vocabulary of {self.vocab_size}")
+        if (message := excess(submit.sampling)) is not None:
+            raise ValueError(message)
         return_logprob = submit.HasField("logprobs")
         if return_logprob and wanted.start >= len(ids) - submit.resume_k:
             raise ValueError(f"logprobs.start: {wanted.start} is past the prompt")

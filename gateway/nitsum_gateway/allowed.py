@@ -58,7 +58,15 @@ FIELDS = {
     "/tokenize": frozenset(["model", "prompt", "messages", "add_special_tokens"]),
     "/detokenize": frozenset(["model", "tokens", "skip_special_tokens"]),
 }
+REQUIRED = {
+    "/v1/chat/completions": ("messages",),
+    "/v1/completions": ("prompt",),
+    "/tokenize": ("prompt", "messages"),
+    "/detokenize": ("tokens",),
+}
+"""One of these must be there."""
 DEPTH_MAX = 64
+NAME_CHARS_MAX = 100
 
 
 def problem(path: str, body: Any) -> Wrong | None:
@@ -71,10 +79,33 @@ def problem(path: str, body: Any) -> Wrong | None:
         return Wrong("", odd, None)
     for name in body:
         if name not in FIELDS[path]:
-            return Wrong(name, f"unknown field {name!r} for {path}", "unknown_parameter")
+            return Wrong(name[:NAME_CHARS_MAX], f"unknown field {name[:NAME_CHARS_MAX]!r} for {path}", "unknown_parameter")
     if not isinstance(body.get("model"), str):
         return Wrong("model", "model must be a string")
-    return out_of_bounds(body) or _media(body.get("messages"))
+    return _lacks(path, body) or out_of_bounds(body) or _media(body.get("messages"))
+
+
+def _lacks(path: str, body: dict[str, Any]) -> Wrong | None:
+    """What the front would answer with pages about its own code."""
+    if all(body.get(name) is None for name in REQUIRED[path]):
+        return Wrong(REQUIRED[path][0], f"{' or '.join(REQUIRED[path])} is required", "missing_required_parameter")
+    messages = body.get("messages")
+    if messages is not None and not isinstance(messages, list):
+        return Wrong("messages", "messages must be a list")
+    for i, message in enumerate(messages or ()):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return Wrong(f"messages[{i}]", f"messages[{i}] must be an object with a role and a content")
+        if not isinstance(message.get("content"), str | list | None):
+            return Wrong(f"messages[{i}].content", f"messages[{i}].content must be a string or a list of parts")
+    if isinstance(body.get("prompt"), dict | int | float):
+        return Wrong("prompt", "prompt must be a string, a list of strings or a list of token ids")
+    for name in ("stream", "echo", "ignore_eos"):
+        if not isinstance(body.get(name), bool | None):
+            return Wrong(name, f"{name} must be true or false")
+    for name in ("response_format", "stream_options"):
+        if not isinstance(body.get(name), dict | None):
+            return Wrong(name, f"{name} must be an object")
+    return None
 
 
 def _odd(body: dict[str, Any]) -> str | None:

@@ -8,16 +8,20 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from nitsum_api.limits import (
+    BIAS_MAX,
+    BIASES_MAX,
+    GRAMMAR_CHARS_MAX,
+    NUMBERS,
+    STOP_CHARS_MAX,
+    STOP_IDS_MAX,
+    STOPS_MAX,
+    deep,
+    each_once,
+)
+
 CHOICES_MAX = 128
 """Prompts of one request times `n`."""
-NUMBERS: dict[str, tuple[float, float]] = {
-    "temperature": (0, 2),
-    "top_p": (1e-6, 1),
-    "min_p": (0, 1),
-    "presence_penalty": (-2, 2),
-    "frequency_penalty": (-2, 2),
-    "repetition_penalty": (0.01, 2),
-}
 WHOLE: dict[str, tuple[int, int]] = {
     "n": (1, 64),
     "best_of": (1, 64),
@@ -28,16 +32,8 @@ WHOLE: dict[str, tuple[int, int]] = {
     "max_tokens": (0, 1 << 31),
     "max_completion_tokens": (0, 1 << 31),
 }
-BIAS_MAX, BIASES_MAX = 100, 1024
-STOPS_MAX, STOP_CHARS_MAX, STOP_IDS_MAX = 32, 1024, 1024
 SALT_CHARS_MAX = 256
 MESSAGES_MAX, TOOLS_MAX = 4096, 128
-GRAMMAR_CHARS_MAX = {"regex": 2048, "ebnf": 8192, "json_schema": 65_536, "response_format": 65_536, "tools": 131_072}
-"""Compile time and memory of a grammar grow with its text: 4 MB of alternatives take minutes and gigabytes of an engine's host."""
-SCHEMA_DEPTH_MAX = 64
-"""5,000 levels fit into 115 kB and take 6 GB."""
-PARENS_MAX = 256
-"""In one text, which may be a pattern: the engines' grammar compiler recurses into groups, and 100,000 end the engine (SIGSEGV)."""
 CHARS_PER_TOKEN = 64
 """No text but white space has so many on average. SGLang's server tokenizes a megabyte in seconds, and no stream of its pool goes on."""
 CONTEXT_UNKNOWN = 131_072
@@ -134,29 +130,10 @@ def _grammar(name: str, value: Any) -> str | None:
         return f"{name}: {size} characters, at most {GRAMMAR_CHARS_MAX[name]} are taken"
     if name == "json_schema" and isinstance(value, str):  # the engine's parser has no bound on depth
         try:
-            value = json.loads(value, object_pairs_hook=_each_once)
+            value = json.loads(value, object_pairs_hook=each_once)
         except (ValueError, RecursionError):
             return f"{name} must be a JSON schema, written as a string, that names no key twice"
-    return _deep(name, value)
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key twice")
-    return dict(pairs)
-
-
-def _deep(name: str, value: Any) -> str | None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > SCHEMA_DEPTH_MAX:
-            return f"{name}: nested deeper than {SCHEMA_DEPTH_MAX} levels"
-        texts = [t for v in level for t in (v if isinstance(v, dict) else (v,)) if isinstance(t, str)]
-        if any(t.count("(") > PARENS_MAX for t in texts):
-            return f"{name}: more than {PARENS_MAX} opening parentheses in one text"
-        level = [c for v in level for c in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]
-    return None
+    return (message := deep(value)) and f"{name}: {message}"
 
 
 def _tools(name: str, value: Any) -> str | None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
@@ -14,8 +15,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nitsum_gateway import allowed, metrics
+from nitsum_gateway.allowed import NAME_CHARS_MAX
 from nitsum_gateway.bounds import too_long
 from nitsum_gateway.fronts import Front, Fronts
+from nitsum_gateway.wording import public
+
+log = logging.getLogger(__name__)
 
 TIER_KEY = "nitsum_tier"  # the router reads it; clients cannot set it
 
@@ -24,6 +29,7 @@ BODY_S_MAX = 60.0
 """A client that sends its body slower than this is cut off."""
 TIER_HEADER = "x-nitsum-tier"
 RETRY_AFTER_S = "1"
+MODELS_LISTED_MAX = 20
 PASSED = ("content-type", "retry-after")
 
 
@@ -72,7 +78,7 @@ class Dispatcher:
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
         if name not in self.fronts.by_model:
-            return error(404, f"no pool serves model {name!r}", "model_not_found", "model")
+            return self._no_model(name)
         return JSONResponse({"id": name, "object": "model", "created": 0, "owned_by": "nitsum"})
 
     async def forward(self, request: Request) -> Response:
@@ -92,7 +98,7 @@ class Dispatcher:
         if front is None and not self.fronts.routed:
             return error(503, "this gateway has no routes yet", "not_ready", kind="service_unavailable")
         if front is None:
-            return error(404, f"no pool serves model {body['model']!r}", "model_not_found", "model")
+            return self._no_model(body["model"])
         if (wrong := too_long(body, front.context_length)) is not None:
             return error(400, wrong.message, wrong.code, wrong.param)
         if isinstance(tier := self._tier(front, request, body), Response):
@@ -102,10 +108,16 @@ class Dispatcher:
             body["custom_params"] = {TIER_KEY: tier}
         if path.startswith("/v1/") and not any(n.groups for n in front.route.nodes):
             reason = front.route.unready_reason or "no group serves this model yet"
-            return error(503, reason, "no_capacity", kind="service_unavailable")
+            return error(503, public(503, reason)[0], "no_capacity", kind="service_unavailable")
         if not front.ready.is_set():
-            return error(503, f"the pool is starting {front.problem}".strip(), "not_ready", kind="service_unavailable")
+            return error(503, "the pool is starting; send the request again", "not_ready", kind="service_unavailable")
         return await _while_there(request, self._pass(front, path, body))
+
+    def _no_model(self, name: str) -> Response:
+        known = sorted(self.fronts.by_model)
+        more = f" and {len(known) - MODELS_LISTED_MAX} more" if len(known) > MODELS_LISTED_MAX else ""
+        there = f"there are: {', '.join(known[:MODELS_LISTED_MAX])}{more}" if known else "no pool serves any"
+        return error(404, f"no pool serves model {name[:NAME_CHARS_MAX]!r}; {there}", "model_not_found", "model")
 
     def _tier(self, front: Front, request: Request, body: dict[str, Any]) -> str | Response:
         """The header outranks the body; `auto` and `default` mean the pool's default tier."""
@@ -118,7 +130,7 @@ class Dispatcher:
         if asked not in tiers:
             return error(
                 400,
-                f"unknown tier {asked!r}; this pool's tiers are {', '.join(tiers)}",
+                f"unknown tier {str(asked)[:NAME_CHARS_MAX]!r}; this pool's tiers are {', '.join(tiers)}",
                 "unknown_tier",
                 "service_tier" if header is None else TIER_HEADER,
             )
@@ -221,11 +233,14 @@ def _openai_error(status: int, text: str) -> JSONResponse:
     except ValueError:
         body = {}
     inner = body.get("error", body) if isinstance(body, dict) else {}
-    message = str(inner.get("message") or text)[:2000] if isinstance(inner, dict) else text[:2000]
+    said = str(inner.get("message") or text) if isinstance(inner, dict) else text
+    message, param = public(status, said)
+    if status >= 500 and status != 503 and message not in said:  # others are many, and hold what the client sent
+        log.warning("a front's error %d, not for clients: %s", status, said[:2000])
     too_long = status == 400 and ("context length" in message or "longer than the model" in message or "too long" in message)
     message = message.removesuffix(" [context length]")
     kind = {429: "rate_limit_error", 503: "service_unavailable"}.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return error(status, message, "context_length_exceeded" if too_long else None, kind=kind)
+    return error(status, message, "context_length_exceeded" if too_long else None, param, kind)
 
 
 async def _not_found(request: Request, exc: Exception) -> Response:

@@ -1,13 +1,14 @@
 """ServingPool and ServingNode as typed values. The schema is crds/; a test checks that these types have the same fields.
 
 Reading is defensive: what the API server's rules should have refused raises InvalidSpec here, never an assertion. Unknown fields are
-left out, as a newer schema may have some.
+left out, as a newer schema may have some; of a manifest that a user wrote, `check_manifest` refuses them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from hashlib import sha256
 from itertools import pairwise
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
@@ -28,6 +29,13 @@ VOLUMES_ROOT = "/var/lib/nitsum/volumes"
 """Where agents mount the claims that pools name: `<root>/<claimName>/<path>`."""
 
 DURATION_MAX_MS = 3_600_000.0
+MANIFEST_FIELDS = ("apiVersion", "kind", "metadata", "spec", "status")
+METADATA_FIELDS = (
+    *("name", "namespace", "labels", "annotations", "finalizers", "ownerReferences", "generateName"),
+    *("uid", "generation", "resourceVersion", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "managedFields"),
+    "selfLink",
+)
+"""Of Kubernetes' ObjectMeta."""
 
 
 class Part(BaseModel):
@@ -261,8 +269,45 @@ def pool_spec(obj: Mapping[str, Any]) -> PoolSpec:
     try:
         return PoolSpec.model_validate(obj.get("spec") or {})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise InvalidSpec(_field_path(first["loc"]), first["msg"]) from None
+        first = error.errors(include_url=False)[0]
+        raise InvalidSpec(_field_path(first["loc"]), _remedy(first["loc"], first["input"]) or first["msg"]) from None
+
+
+def _remedy(location: tuple[int | str, ...], value: Any) -> str | None:
+    """For a number where a text with a unit is wanted."""
+    unit = {"ttft": "ms", "tpot": "ms", "target": "%"}.get(str(location[-1]) if location else "")
+    if unit is None or isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return f"{value} has no unit; write {value:g}{unit}"
+
+
+def check_manifest(obj: Mapping[str, Any]) -> None:
+    """Refuses what the API server would drop or refuse: fields that a ServingPool has not. Raises InvalidSpec with path and legal names."""
+    _only(obj, MANIFEST_FIELDS, "")
+    if isinstance(meta := obj.get("metadata"), Mapping):
+        _only(meta, METADATA_FIELDS, "metadata")
+    _known(PoolSpec, obj.get("spec"), "spec")
+
+
+def _only(found: Mapping[Any, Any], legal: Collection[str], path: str) -> None:
+    if extra := [k for k in found if k not in legal]:
+        raise InvalidSpec(f"{path}.{extra[0]}" if path else str(extra[0]), f"unknown field; known are {', '.join(legal)}")
+
+
+def _known(kind: Any, value: Any, path: str) -> None:
+    """`kind`: an annotation. Values of the wrong type are the parser's to refuse."""
+    if isinstance(kind, type) and issubclass(kind, Part):
+        if isinstance(value, Mapping):
+            fields = {f.alias or name: f.annotation for name, f in kind.model_fields.items()}
+            _only(value, fields, path)
+            for name, inner in value.items():
+                _known(fields[name], inner, f"{path}.{name}")
+    elif get_origin(kind) is list:
+        for i, inner in enumerate(value if isinstance(value, list) else ()):
+            _known(get_args(kind)[0], inner, f"{path}[{i}]")
+    elif get_origin(kind) is UnionType:
+        for one in get_args(kind):
+            _known(one, value, path)
 
 
 def _target_ms(text: str | None, path: str) -> float | None:

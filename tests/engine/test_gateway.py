@@ -230,6 +230,16 @@ async def test_bad_requests(gateway: Gateway) -> None:
             assert r.status_code == status, (body, r.status_code, r.text)
             if code:
                 assert r.json()["error"]["code"] == code, r.text
+        hello = [{"role": "user", "content": "x"}]
+        for body, field in (
+            ({}, "messages"), ({"messages": [{"role": "nobody", "content": "x"}]}, "messages[0]"),
+            ({"messages": [{"role": "user", "content": 5}]}, "messages[0]"), ({"messages": hello, "stream_options": "x"}, "stream_options"),
+            ({"messages": hello, "tools": [{"type": "function"}]}, "tools[0]"), ({"messages": hello, "tool_choice": 7}, "tool_choice"),
+        ):  # fmt: skip
+            r = await client.post("/v1/chat/completions", json={"model": MODEL, **body})
+            assert r.status_code == 400, (body, r.text)
+            assert r.json()["error"]["param"].startswith(field), r.text
+            assert not [leak for leak in ("File", ".py", "nitsum", "custom_params", "'loc'", "pydantic") if leak in r.text], r.text
         for path in (
             "/flush_cache", "/pause_generation", "/get_server_info", "/generate", "/v1/embeddings", "/v1/responses", "/v1/messages",
             "/v1/../flush_cache", "//flush_cache", "/v1/completions/../../abort_request", "/v1/chat/completions%00", "/docs",

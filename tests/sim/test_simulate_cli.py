@@ -49,6 +49,7 @@ def test_writes_the_same_bytes_for_the_same_seed(folder: Path) -> None:
     for name, seed in (("one", "7"), ("two", "7"), ("three", "8")):
         code, said = run(folder, "--json", str(folder / name), "--seed", seed)
         assert code == 0, said
+        assert "step times: modelled, profile tiny-llama" in said or "step times: measured, profile tiny-llama" in said
     one, two, three = ((folder / n).read_bytes() for n in ("one", "two", "three"))
     assert one == two != three
     found = json.loads(one)
@@ -68,7 +69,9 @@ def test_writes_the_same_bytes_for_the_same_seed(folder: Path) -> None:
         ("workload.yaml", "a.csv.gz", "b.csv.gz", "b.csv.gz: cannot be read: No such file"),
         ("workload.yaml", "duration: 40s", "duration: 40", "duration: 40 is not a duration"),
         ("workload.yaml", "streams:", "streams: [", "workload.yaml: line"),
+        ("workload.yaml", "rate: 0.5", "rat: 0.5", "streams[1].rat: unknown field; known are tier, trace"),
         ("pool.yaml", "tpot: 80ms", "tpot: fast", "spec.tiers[0].tpot"),
+        ("pool.yaml", "tpot: 80ms", "tpott: 80ms", "spec.tiers[0].tpott: unknown field; known are name"),
         ("pool.yaml", "kind: ServingPool", "kind: Pool", "must be one manifest of kind ServingPool"),
         ("pool.yaml", "name: tiny-llama", "name: other", "spec.profile: there is no profile of other on slot"),
     ],
@@ -89,6 +92,7 @@ def test_bad_files_name_the_field(folder: Path, file: str, old: str, new: str, s
         (["--policy", "nitsum,magic"], "policy: no policy 'magic'; there are plain-tpN"),
         (["--policy", "static-tp3"], "TP 3 is not legal here; legal are 1, 2"),
         (["--fleet", "8:h100"], "fleet: '8:h100' is not NODESxGPUS:TYPE"),
+        (["--fleet", "1x2:foo"], "there is no profile of tiny-llama on foo"),
         (["--scale", "0"], "scale: 0.0 must be above 0"),
         (["--profile", "/nowhere.json"], "/nowhere.json: cannot be read"),
     ],

@@ -145,3 +145,34 @@ def test_a_text_that_cannot_fit_is_refused_before_anybody_tokenizes_it(field: di
 def test_any_types_may_come(body: dict[str, Any]) -> None:
     """The front says which are wrong."""
     bounds.too_long(body, 1000)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "code"),
+    [
+        ("/v1/chat/completions", {}, "messages", "missing_required_parameter"),
+        ("/v1/chat/completions", {"messages": None}, "messages", "missing_required_parameter"),
+        ("/v1/completions", {}, "prompt", "missing_required_parameter"),
+        ("/tokenize", {}, "prompt", "missing_required_parameter"),
+        ("/detokenize", {}, "tokens", "missing_required_parameter"),
+        ("/v1/chat/completions", {"messages": "hi"}, "messages", "invalid_value"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}, "hi"]}, "messages[1]", "invalid_value"),
+        ("/v1/chat/completions", {"messages": [{"content": "x"}]}, "messages[0]", "invalid_value"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_value"),
+        ("/v1/completions", {"prompt": {"a": 1}}, "prompt", "invalid_value"),
+        ("/v1/completions", {"prompt": 7}, "prompt", "invalid_value"),
+        ("/v1/completions", {"prompt": "x", "response_format": 5}, "response_format", "invalid_value"),
+        ("/v1/completions", {"prompt": "x", "stream": "maybe"}, "stream", "invalid_value"),
+    ],
+)
+def test_what_is_missing_is_named(path: str, body: dict[str, Any], param: str, code: str) -> None:
+    wrong = allowed.problem(path, {"model": "m", **body})
+    assert wrong is not None
+    assert (wrong.param, wrong.code) == (param, code)
+
+
+def test_the_name_of_an_unknown_field_is_not_repeated_at_length() -> None:
+    wrong = allowed.problem("/v1/completions", {"model": "m", "prompt": "x", "y" * 1_000_000: 1})
+    assert wrong is not None
+    assert len(wrong.message) < 300
+    assert len(wrong.param) < 200

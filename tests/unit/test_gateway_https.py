@@ -222,6 +222,28 @@ def test_a_gateway_without_routes_is_not_ready_and_does_not_deny_a_model(tmp_pat
     asyncio.run(run())
 
 
+def test_a_starting_pool_and_an_unknown_model_are_told_in_one_sentence(tmp_path: Path) -> None:
+    async def run() -> None:
+        starting = front(1)
+        starting.ready.clear()
+        starting.problem = 'the front ended; its log ends: Traceback File "/opt/x.py"'
+        many = {f"m{i:02}": front(1) for i in range(30)}
+        async with gateway(tmp_path, fronts(m=starting, **many)) as (port, _), client_of(tmp_path, port) as client:
+            r = await client.post("/v1/completions", json={"model": "m", "prompt": "x"})
+            assert (r.status_code, r.json()["error"]["message"]) == (503, "the pool is starting; send the request again")
+            for r in (
+                await client.post("/v1/completions", json={"model": "x" * 100_000, "prompt": "x"}),
+                await client.get("/v1/models/" + "x" * 200),
+            ):
+                assert r.status_code == 404
+                said = r.json()["error"]["message"]
+                assert "there are: m, m00, m01, m02" in said
+                assert said.endswith("m18 and 11 more")
+                assert len(said) < 500
+
+    asyncio.run(run())
+
+
 def test_what_is_not_served_is_told_in_openais_shape(tmp_path: Path) -> None:
     async def run() -> None:
         async with gateway(tmp_path, fronts(m=front(1))) as (port, _), client_of(tmp_path, port) as client:

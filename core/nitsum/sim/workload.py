@@ -67,6 +67,8 @@ def _number(value: Any, path: str, low: float, high: float = 1e9, above: bool = 
 
 
 def _seconds(value: Any, path: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise InvalidSpec(path, f"{value!r} is not a duration; write {value:g}s, or another unit: 30m, 1h")
     if not isinstance(value, str):
         raise InvalidSpec(path, f"{value!r} is not a duration; write a number and a unit: 90s, 30m, 1h")
     return duration_ms(value, path) / 1e3
