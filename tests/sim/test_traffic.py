@@ -127,7 +127,8 @@ def recorded(n: int = 2000) -> Trace:
 def test_rates_hold_and_time_is_never_compressed(factor: float, seed: int, start: float) -> None:
     trace = recorded()
     at, _, _ = arrivals.at_rate(trace, start, 1000, trace.rate * factor, 1.0, rng(seed))
-    assert len(at) / 1000 == pytest.approx(trace.rate * factor, rel=0.25)
+    expected = trace.rate * factor * 1000
+    assert abs(len(at) - expected) <= 6 * expected**0.5 + 20 * (1 + factor), "six deviations of a thinning, and bursts at the edges"
     assert (np.diff(at) >= 0).all()
     assert at.min() >= 0
     assert at.max() < 1000
