@@ -69,7 +69,11 @@ class Reason(StrEnum):
     MODEL_NAME_TAKEN = "ModelNameTaken", "Accepted=False", "An older pool serves a model of this name; rename one of them."
     UNSUPPORTED_MODEL = "UnsupportedModel", "Accepted=False", "The checkpoint cannot be served, or not be found; the message says why."
     UNKNOWN_PROFILE = "UnknownProfile", "Accepted=False", "There is no step-time profile of that name; the message lists those there are."
-    MODEL_FACTS_PENDING = "ModelFactsPending", "Accepted=Unknown", "No agent has reported yet, so there is nothing to plan with."
+    MODEL_FACTS_PENDING = (
+        "ModelFactsPending",
+        "Accepted=Unknown",
+        "No agent has read the model yet, or none reports; what ran before stays.",
+    )
 
     SERVING = "Serving", "Ready=True, Serving=True", "Requests are served."
     AWAITING_PLAN = "AwaitingPlan", "Ready=False", "The spec was accepted; the first plan is being made."
