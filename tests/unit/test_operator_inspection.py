@@ -87,6 +87,7 @@ async def test_a_spec_whose_path_is_not_there_is_never_in_force_and_heals(monkey
     operator = Operator(node)
     assert await operator.said(pool()) == ("Unknown", "ModelFactsPending"), "also the first one, while somebody can read"
     assert await operator.said(pool()) == ("True", "Accepted")
+    node.agent.report.models.add(model="tiny-llama", source=GOOD, legal_tp=[1, 2], revision="of-good")  # it runs
     bad = pool(generation=2, source={"path": "/nowhere"})
     held = (await operator.cycle([bad]))["a/p"]
     assert (held.status, held.reason, held.accepted and held.accepted.generation) == ("Unknown", "ModelFactsPending", 1)
@@ -95,7 +96,8 @@ async def test_a_spec_whose_path_is_not_there_is_never_in_force_and_heals(monkey
         assert (wrong.status, wrong.reason, wrong.accepted and wrong.accepted.generation) == ("False", "UnsupportedModel", 1)
     assert "/nowhere: no config.json there" in wrong.message
     assert "Generation 1 stays in force" in wrong.message
-    assert routes(operator.accepted, operator.fleet.agents)[0].model.source == GOOD
+    (route,) = routes(operator.accepted, operator.fleet.agents)
+    assert (route.model.source, route.model.revision) == (GOOD, "of-good")
     assert node.calls == ["/m", "/nowhere"], "not again so soon"
 
     assert await operator.said(pool(generation=3)) == ("True", "Accepted"), "the path is mended, and what was read there still counts"
