@@ -22,6 +22,7 @@ from nitsum_api.security import require_role
 Context = grpc.aio.ServicerContext[Any, Any]
 WAITING_MAX = 8
 DRAIN_MS_MAX = 3_600_000
+INSPECT_MAX, INSPECT_S = 64, 8.0
 INTERVAL_MS_MIN, INTERVAL_MS_MAX = 100, 60_000
 
 
@@ -116,6 +117,17 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
             maybe_die(FaultPoint.AGENT_JOURNALED, self.state_dir)
             answer = await self._hand_over(directive)
             return answer if answer is not None else agent_pb2.ApplyResponse(accepted=agent_pb2.ApplyResponse.Accepted())
+
+    async def Inspect(self, request: agent_pb2.InspectRequest, context: Context) -> agent_pb2.InspectResponse:
+        await require_role(context, "operator")
+        await _same_contract(request.contract_version, context)
+        if len(request.pools) > INSPECT_MAX:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{len(request.pools)} pools; ask about at most {INSPECT_MAX} at once")
+        try:
+            answer = await self.host.stub.Inspect(host_pb2.InspectRequest(pools=request.pools), timeout=INSPECT_S)
+        except grpc.aio.AioRpcError as e:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the engine host did not read: {e.code().name} {e.details()}")
+        return agent_pb2.InspectResponse(models=answer.models)
 
     def _hear(self, contract_version: str, term: int) -> None:
         """On disk before the answer: whoever led before this term is not obeyed again, also if this very call is refused."""

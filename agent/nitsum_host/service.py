@@ -31,6 +31,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Response = agent_pb2.ApplyResponse
 MODELS_MAX = 64
 """Models whose facts are remembered besides those in use."""
+TP_MAX = 64
 MODES = {
     types_pb2.FLIP_MODE_LET_FINISH: FlipMode.LET_FINISH,
     types_pb2.FLIP_MODE_MIGRATE_FIRST: FlipMode.MIGRATE_FIRST,
@@ -80,7 +81,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
         except Exception as e:  # whatever is wrong with a user's checkpoint belongs into the report
             facts.problem = str(e)
             return facts
-        legal = read.legal_tp(max(len(self.gpus), 1))
+        legal = read.legal_tp(TP_MAX)  # whatever the number of GPUs here: a small node must not narrow what others may run
         if self.engines.settings.device == "cpu":  # SGLang's CPU backend does not replicate KV heads
             legal = tuple(t for t in legal if t <= read.num_kv_heads)
         facts.legal_tp.extend(legal)
@@ -88,7 +89,16 @@ class Host(host_pb2_grpc.HostServiceServicer):
         return facts
 
     async def Inspect(self, request: host_pb2.InspectRequest, context: Context) -> host_pb2.InspectResponse:
-        return host_pb2.InspectResponse(models=[await asyncio.to_thread(self._inspect, p) for p in request.pools])
+        return host_pb2.InspectResponse(models=[await self._read(p) for p in request.pools])
+
+    async def _read(self, pool: agent_pb2.PoolDirective) -> agent_pb2.ModelFacts:
+        """As it is now. A problem that is remembered from this very source is over where it can be read by now."""
+        facts = await asyncio.to_thread(self._inspect, pool)
+        facts.source.CopyFrom(pool.model.source)
+        name = pool.model.name
+        if name in self.models and self.models[name].problem and self._paths[name] == pool.model.source.path:
+            self.models[name] = facts
+        return facts
 
     async def Apply(self, request: host_pb2.ApplyRequest, context: Context) -> host_pb2.ApplyResponse:
         async with self._turn:
@@ -125,14 +135,14 @@ class Host(host_pb2_grpc.HostServiceServicer):
         for pool in d.pools:
             name, path = pool.model.name, pool.model.source.path
             if name not in self.models or self.models[name].problem or self._paths[name] != path:
-                facts = await asyncio.to_thread(self._inspect, pool)
+                facts = await self._read(pool)
                 self.models.pop(name, None)
                 self.models[name], self._paths[name] = facts, path
             if self.models[name].problem:
                 raise Illegal(Reason.REASON_INVALID, f"model {name}: {self.models[name].problem}")
         named = {p.model.name for p in d.pools} | {s.wire.model for s in self.node.slots.values()}
         for old in [m for m in self.models if m not in named][: max(len(self.models) - MODELS_MAX, 0)]:
-            del self.models[old]
+            del self.models[old], self._paths[old]
         for e in residency.engines:
             legal = list(self.models[e.model].legal_tp)
             if e.tp_size not in legal:

@@ -1,7 +1,7 @@
 """Which pools are acted on, and as what: the newest valid spec, else the last accepted one, which status keeps across restarts."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nitsum.errors import InvalidSpec
@@ -53,10 +53,18 @@ def check_facts(pool: Pool, facts: list[agent_pb2.ModelFacts]) -> None:
     """Raises InvalidSpec where an agent read something in the model's config that the spec contradicts."""
     for f in facts:
         if f.problem:
-            raise InvalidSpec("spec.model", f.problem, Reason.UNSUPPORTED_MODEL)
-        if f.legal_tp and (wrong := [t for t in pool.allowed_tp if t not in f.legal_tp]):
-            text = f"TP {wrong[0]} does not divide {pool.model}; legal are {', '.join(map(str, f.legal_tp))}"
-            raise InvalidSpec("spec.tensorParallel.allowed", text, Reason.ILLEGAL_TENSOR_PARALLEL)
+            where = f"{f.source.path}: " if f.source.path and f.source.path not in f.problem else ""
+            text = f"{where}{f.problem}; put a checkpoint that can be served there on every node of the pool, or name another one"
+            raise InvalidSpec("spec.model.source", text, Reason.UNSUPPORTED_MODEL)
+    # Of the agents' together: hosts of earlier builds name only degrees that their own GPUs suffice for.
+    legal = sorted({t for f in facts for t in f.legal_tp})
+    if legal and (wrong := [t for t in pool.allowed_tp if t not in legal]):
+        text = f"TP {wrong[0]} does not divide {pool.model}; legal are {', '.join(map(str, legal))}"
+        raise InvalidSpec("spec.tensorParallel.allowed", text, Reason.ILLEGAL_TENSOR_PARALLEL)
+
+
+def _stays(last: Accepted) -> str:
+    return f"Generation {last.generation} stays in force."
 
 
 def _age(obj: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -71,8 +79,12 @@ def judge(
     profiles: Mapping[str, Profile],
     rejected: Mapping[tuple[str, int], str],
     before: Mapping[str, Accepted],
+    pending: Collection[str] = (),
 ) -> dict[str, Judgement]:
-    """Older pools first: they keep a model's name. `rejected`: agents' ILLEGAL_TP messages by (pool, generation)."""
+    """Older pools first: they keep a model's name. `rejected`: agents' ILLEGAL_TP messages by (pool, generation).
+
+    `facts` by model; those of another source than the spec's do not count. `pending`: pools whose model is being read by agents.
+    """
     owner: dict[str, str] = {}
     result: dict[str, Judgement] = {}
     for key, obj in sorted(pools.items(), key=lambda kv: _age(kv[1])):
@@ -87,10 +99,18 @@ def judge(
             if pool.model in owner:
                 text = f"{owner[pool.model]} is older and serves {pool.model!r}; rename one of them"
                 raise InvalidSpec("spec.model.name", text, Reason.MODEL_NAME_TAKEN)
-            check_facts(pool, facts.get(pool.model, []))
+            if model.source.hugging_face is not None:
+                text = "this build does not download models; put the checkpoint on the nodes and set spec.model.source.path"
+                raise InvalidSpec("spec.model.source.huggingFace", text, Reason.UNSUPPORTED_MODEL)
+            source = model.source.to_proto()
+            check_facts(pool, [f for f in facts.get(pool.model, []) if not f.HasField("source") or f.source == source])
             if key_message := rejected.get((key, generation)):
                 raise InvalidSpec("spec.tensorParallel.allowed", key_message, Reason.ILLEGAL_TENSOR_PARALLEL)
-            if not pool.profile and not gpu_types and last is not None and last.generation == generation:
+            if key in pending and (last is None or last.generation != generation):
+                text = f"Agents have yet to read the model at {source.path}."
+                after = f" {_stays(last)}" if last else ""
+                result[key] = Judgement(last, "Unknown", Reason.MODEL_FACTS_PENDING, f"{text}{after}")
+            elif not pool.profile and not gpu_types and last is not None and last.generation == generation:
                 result[key] = Judgement(last, "True", Reason.ACCEPTED, "The spec is in force.")
             elif not pool.profile and not gpu_types:  # a profile goes by GPU type, which no agent has named yet
                 result[key] = Judgement(last, "Unknown", Reason.MODEL_FACTS_PENDING, "No agent has reported its GPUs yet; is one running?")
@@ -98,11 +118,15 @@ def judge(
                 accepted = Accepted(pool, model, profile_for(pool, gpu_types, profiles), generation)
                 result[key] = Judgement(accepted, "True", Reason.ACCEPTED, "The spec is in force.")
         except InvalidSpec as e:
-            after = f" Generation {last.generation} stays in force." if last else ""
+            # A spec that was in force before this was known of it: what runs is left alone, but it is not "the last good one".
+            kept = "" if last is None else "What runs of it stays." if last.generation == generation else _stays(last)
+            after = f" {kept}" if kept else ""
             if last is not None and last.pool.model in owner:
                 last = None
             result[key] = Judgement(last, "False", e.reason, f"{e}.{after}")
         in_force = result[key].accepted
-        if in_force is not None:
+        if in_force is not None and in_force.pool.model in owner:
+            result[key] = replace(result[key], accepted=None)  # held back, and what it was is an older pool's name by now
+        elif in_force is not None:
             owner[in_force.pool.model] = key
     return result

@@ -4,13 +4,23 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from nitsum.pool import Pool
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.conditions import Reason
+from nitsum_api.resources import ModelSpec
+from nitsum_api.types.v1 import types_pb2
 from nitsum_operator.handlers import Store
 from nitsum_operator.links import Link
 from nitsum_operator.observe import Agent
 
 LOST_AFTER_S = 10.0
+
+
+def _read_at(fact: agent_pb2.ModelFacts, source: types_pb2.ModelSource) -> agent_pb2.ModelFacts:
+    found = agent_pb2.ModelFacts()
+    found.CopyFrom(fact)
+    found.source.CopyFrom(source)
+    return found
 
 
 @dataclass
@@ -82,13 +92,15 @@ class Fleet:
             self._gone.add(agent.agent_id)
             self.removed.add(agent.agent_id)
 
-    @property
-    def facts(self) -> dict[str, list[agent_pb2.ModelFacts]]:
-        """By model: what each agent read in its checkpoint."""
+    def facts(self, specs: Iterable[tuple[Pool, ModelSpec]]) -> dict[str, list[agent_pb2.ModelFacts]]:
+        """By model: what agents that the pool may use read in its checkpoint. One that is lost has no say in what is wrong."""
         found: dict[str, list[agent_pb2.ModelFacts]] = {}
-        for agent in self.agents.values():
-            for model, fact in agent.facts.items():
-                found.setdefault(model, []).append(fact)
+        for pool, spec in specs:
+            source = spec.source.to_proto()
+            for agent in self.agents.values():
+                fact = agent.facts_of(spec.name, source) if set(pool.node_selector) <= set(agent.labels.items()) else None
+                if fact is not None and (agent.connected or not fact.problem):
+                    found.setdefault(spec.name, []).append(_read_at(fact, source))
         return found
 
     @property

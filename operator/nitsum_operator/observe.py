@@ -33,9 +33,17 @@ class Agent:
     cordoned: bool = False
     """Its Node is unschedulable: what it runs stays, nothing is added or changed."""
 
-    @property
-    def facts(self) -> dict[str, agent_pb2.ModelFacts]:
-        return {m.model: m for m in [*self.described.models, *self.report.models]}
+    inspected: dict[tuple[str, bytes], agent_pb2.ModelFacts] = field(default_factory=dict)
+    """By model and source: what it read when it was asked."""
+
+    def facts_of(self, model: str, source: types_pb2.ModelSource) -> agent_pb2.ModelFacts | None:
+        """What it found at this very source. A problem that it remembers counts less than what it saw when it was asked again."""
+        found = [*self.described.models, *self.report.models]
+        # An older build does not say where it read.
+        reported = next((m for m in reversed(found) if m.model == model and (not m.HasField("source") or m.source == source)), None)
+        if reported is not None and not reported.problem:
+            return reported
+        return self.inspected.get((model, source.SerializeToString(deterministic=True)), reported)
 
     @property
     def in_progress(self) -> bool:

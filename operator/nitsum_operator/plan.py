@@ -16,10 +16,10 @@ def legal_tp(agent: Agent, elsewhere: Mapping[str, agent_pb2.ModelFacts], accept
 
     Before: what the spec allows, which the agent then checks against the model's config.
     """
-    facts = {**elsewhere, **{m: f for m, f in agent.facts.items() if f.legal_tp}}
     result = {}
     for a in accepted.values():
-        known = facts.get(a.pool.model)
+        own = agent.facts_of(a.pool.model, a.model.source.to_proto())
+        known = own if own is not None and own.legal_tp else elsewhere.get(a.pool.model)
         result[a.pool.model] = tuple(known.legal_tp) if known is not None else (a.pool.allowed_tp or (1,))
     return result
 
@@ -38,7 +38,12 @@ def snapshot(
     `carried`: pools that exist but have no spec in force. A node that runs one stays as it is until that is mended.
     """
     views = []
-    facts = {m: f for a in agents.values() for m, f in a.facts.items() if f.legal_tp}
+    facts: dict[str, agent_pb2.ModelFacts] = {}
+    for a in accepted.values():
+        source = a.model.source.to_proto()
+        for n in agents.values():
+            if (f := n.facts_of(a.pool.model, source)) is not None and f.legal_tp:
+                facts[a.pool.model] = f
     answering = {g.uuid for a in agents.values() if a.connected for g in a.described.gpus}
     holds: dict[str, list[str]] = {}
     for agent_id, agent in sorted(agents.items()):

@@ -17,7 +17,7 @@ from nitsum.perf.profile import Profile
 from nitsum_api.conditions import Reason
 from nitsum_api.fault import maybe_die
 from nitsum_api.resources import GROUP, NODES, POOLS, VERSION
-from nitsum_operator import accept, execute, links, observe, plan, remember, routes, status
+from nitsum_operator import accept, execute, inspection, links, observe, plan, remember, routes, status
 from nitsum_operator.deliver import Delivery
 from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
@@ -48,6 +48,7 @@ class Reconciler:
         self._links, self._executor, self._estimator = links.Links(), execute.Executor(), DemandEstimator()
         self._fleet, self._history, self._figures = Fleet(), History(), Figures()
         self._delivery, self._writer = Delivery(), Writer(self._custom)
+        self._inspector = inspection.Inspector()
         self._accepted: dict[str, accept.Accepted] = {}
         self._pools: dict[str, dict[str, Any]] = {}
         """As they were judged: status must not speak of a newer generation."""
@@ -75,6 +76,7 @@ class Reconciler:
                 # A fleet that is too large for one cycle a second gets fewer: half of the time is for hearing agents.
                 await asyncio.sleep(max(INTERVAL_S - took, min(took, INTERVAL_S)))
         finally:
+            await self._inspector.close()
             await self._links.close()
             await asyncio.to_thread(self._leader.release)
             self._issuer.close()
@@ -184,7 +186,12 @@ class Reconciler:
             self._history.adopt(key, obj.get("status") or {})
             if key not in self._accepted and (before := remember.spec_in_force(obj, types, self._profiles)) is not None:
                 self._accepted[key] = before
-        judged = accept.judge(pools, self._fleet.facts, types, self._profiles, self._executor.illegal, self._accepted)
+        specs, agents = inspection.newest(pools), self._fleet.agents
+        both = [*((a.pool, a.model) for a in self._accepted.values()), *specs.values()]
+        self._inspector.look(both, agents)
+        pending = {k for k, (pool, model) in specs.items() if self._inspector.pending(pool, model, agents)}
+        facts = self._fleet.facts(specs.values())
+        judged = accept.judge(pools, facts, types, self._profiles, self._executor.illegal, self._accepted, pending)
         self._accepted = {k: j.accepted for k, j in judged.items() if j.accepted is not None}
         return judged
 

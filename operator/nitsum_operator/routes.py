@@ -38,7 +38,7 @@ def routes(accepted: Mapping[str, Accepted], agents: Mapping[str, Agent]) -> lis
             if not agent.connected:
                 continue
             groups = [r.group for r in agent.report.groups if r.group.pool.name == name and r.state in SERVABLE]
-            if fact := agent.facts.get(a.pool.model):
+            if fact := agent.facts_of(a.pool.model, route.model.source):
                 route.model.revision = fact.revision
             if groups:
                 node = route.nodes.add(address=agent.node_address, tls_name=dns_name("host"), agent_id=agent_id)

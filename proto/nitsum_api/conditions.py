@@ -73,7 +73,11 @@ class Reason(StrEnum):
         "Accepted=False",
         "There is no step-time profile of that name, or none of the model on these GPUs; the message lists those there are.",
     )
-    MODEL_FACTS_PENDING = "ModelFactsPending", "Accepted=Unknown", "No agent has reported yet, so there is nothing to plan with."
+    MODEL_FACTS_PENDING = (
+        "ModelFactsPending",
+        "Accepted=Unknown",
+        "No agent has read the model yet, or none reports; what ran before stays.",
+    )
 
     SERVING = "Serving", "Ready=True, Serving=True", "Requests are served."
     AWAITING_PLAN = "AwaitingPlan", "Ready=False", "The spec was accepted; the first plan is being made."

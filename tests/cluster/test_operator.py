@@ -45,6 +45,16 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
     def __init__(self) -> None:
         self.directives: list[agent_pb2.NodeDirective] = []
         self.version = CONTRACT_VERSION
+        self.missing = {"/models/missing"}
+
+    def facts(self, model: types_pb2.Model) -> agent_pb2.ModelFacts:
+        if model.source.path in self.missing:
+            return agent_pb2.ModelFacts(model=model.name, source=model.source, problem=f"{model.source.path}: no config.json there")
+        return agent_pb2.ModelFacts(model=model.name, source=model.source, legal_tp=[1, 2])
+
+    async def Inspect(self, request: agent_pb2.InspectRequest, context: Any) -> agent_pb2.InspectResponse:
+        await require_role(context, "operator")
+        return agent_pb2.InspectResponse(models=[self.facts(p.model) for p in request.pools])
 
     @property
     def highest_term(self) -> int:
@@ -81,7 +91,7 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
                 for e in d.residency:
                     report.engines.add(engine=e, state=agent_pb2.EngineReport.STATE_PARKED)
                 for p in d.pools:
-                    report.models.add(model=p.model.name, legal_tp=[1, 2])
+                    report.models.append(self.facts(p.model))
             yield agent_pb2.WatchResponse(contract_version=CONTRACT_VERSION, report=report)
             await asyncio.sleep(0.2)
 
@@ -258,9 +268,36 @@ async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Start, tmp_pa
         assert condition(status(ctl), "Ready")["status"] == "True", "what ran before stays"
         assert len(agent.directives) == 1
 
+        edited = {"model": {"source": {"path": "/models/missing"}}, "tensorParallel": {"allowed": [1, 2]}}
+        good = status(ctl)["accepted"]
+        ctl("patch", "servingpool", "op-chat", "--type=merge", "-p", json.dumps({"spec": edited}))
+        wrong = await until(
+            lambda: (c := condition(status(ctl), "Accepted")).get("reason") == "UnsupportedModel" and c, "a path that is not there"
+        )
+        assert wrong["status"] == "False"
+        assert "/models/missing" in wrong["message"]
+        assert f"Generation {good['generation']} stays in force" in wrong["message"]
+        await asyncio.sleep(2)
+        found = status(ctl)
+        assert (found["accepted"], condition(found, "Ready")["status"]) == (good, "True"), "what ran before stays"
+        assert len(agent.directives) == 1
+        assert {r.pools[0].model.source.path for r in gateway.routes if r.pools} == {"/models/tiny"}
+        agent.missing.clear()
+        await until(lambda: len(agent.directives) == 2, "it is read again, and found good", 20)
+        assert agent.directives[1].pools[0].model.source.path == "/models/missing"
+        await until(lambda: condition(status(ctl), "Accepted")["status"] == "True", "Accepted")
+
+        # No GPU is free for it, and yet it is known what is wrong with it.
+        second = {**POOL["spec"], "model": {"name": "second", "source": {"path": "/models/second"}}, "tensorParallel": {"allowed": [4]}}
+        second |= {"budget": {"gpus": 4}}
+        ctl("apply", "-f", "-", stdin=json.dumps(POOL | {"metadata": {"name": "op-second", "namespace": "default"}, "spec": second}))
+        illegal = await until(lambda: (c := condition(status(ctl, "op-second"), "Accepted")).get("status") == "False" and c, "a judgement")
+        assert (illegal["reason"], "legal are 1, 2" in illegal["message"]) == ("IllegalTensorParallel", True)
+        ctl("delete", "servingpool", "op-second")
+
         ctl("delete", "servingpool", "op-chat")
-        await until(lambda: len(agent.directives) == 2, "the directive that ends it")
-        assert not agent.directives[1].layout
+        await until(lambda: len(agent.directives) == 3, "the directive that ends it")
+        assert not agent.directives[2].layout
 
 
 async def test_killed_at_every_point_and_then_deposed(ctl: Kubectl, operator: Start, tmp_path: Path) -> None:

@@ -144,3 +144,31 @@ async def test_a_host_that_restarts_alone_gets_the_order_in_force_again(certs: P
             await eventually(lambda: host.applied == "op2")
             assert list(host.node.groups) == ["on-b"]
             assert host.node.epoch > before, "no gateway takes the old group for the new one"
+
+
+async def test_what_could_not_be_read_is_read_again_when_it_is_asked_for(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the agent to its host; both by Inspect and by a directive, and what is said names its source."""
+
+    def missing(self: Host, pool: agent_pb2.PoolDirective) -> agent_pb2.ModelFacts:
+        return agent_pb2.ModelFacts(model=pool.model.name, problem="no config.json there")
+
+    asked = agent_pb2.InspectRequest(contract_version=CONTRACT_VERSION, pools=order(1, "a").directive.pools)
+    async with host_on(certs / "host") as host, agent_on(certs, certs / "host/h.sock") as (_, stub):
+        with monkeypatch.context() as m:
+            m.setattr(AnyModel, "_inspect", missing)
+            assert (await stub.Apply(order(1, "a"), timeout=5)).rejected.message == "model m: no config.json there"
+            (facts,) = (await stub.Inspect(asked, timeout=5)).models
+            assert (facts.problem, facts.source.path) == ("no config.json there", "/m")
+            assert host.models["m"] == facts
+        (facts,) = (await stub.Inspect(asked, timeout=5)).models
+        assert (facts.problem, list(facts.legal_tp), facts.source.path) == ("", [1, 2], "/m")
+        assert host.models["m"] == facts, "what was remembered of it is over"
+        elsewhere = agent_pb2.InspectRequest(contract_version=CONTRACT_VERSION, pools=asked.pools)
+        elsewhere.pools[0].model.source.path = "/other"
+        await stub.Inspect(elsewhere, timeout=5)
+        assert host.models["m"] == facts, "asking about another source changes nothing of what is in use"
+        assert (await stub.Apply(order(2, "a"), timeout=5)).WhichOneof("answer") == "accepted"
+        await eventually(lambda: host.applied == "op2")
+        elsewhere.contract_version = "another"
+        with pytest.raises(grpc.aio.AioRpcError, match="upgrade the older side"):
+            await stub.Inspect(elsewhere, timeout=5)

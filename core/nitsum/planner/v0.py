@@ -13,7 +13,7 @@ are resident.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
@@ -110,7 +110,25 @@ def _fitting(pool: Pool, snapshot: Snapshot) -> list[NodeView]:
     return [n for n in nodes if n.schedulable and set(pool.node_selector) <= set(n.node.labels)]
 
 
-def _owned(pool: Pool, snapshot: Snapshot, taken: set[str]) -> dict[str, tuple[Gpu, ...]]:
+def _why_blocked(view: _PoolView, taken: Mapping[str, str]) -> str:
+    """Why a pool that has no GPU, or none in a block wide enough, gets nothing. `taken`: pools by GPU, of this plan."""
+    pool, nodes = view.pool, _fitting(view.pool, view.snapshot)
+    gpus = {g.uuid for n in nodes for g in n.node.gpus}
+    holders = {g.pool for n in nodes for g in n.layout.groups if gpus & set(g.gpu_uuids)} | {p for u, p in taken.items() if u in gpus}
+    others = ", ".join(sorted(holders - {pool.name}))
+    widest = max(map(len, view.owned.values()), default=0)
+    if not view.owned:
+        held = {u for n in nodes for g in n.layout.groups if g.pool != pool.name for u in g.gpu_uuids} | set(taken)
+        return f"all GPUs that match are in use by pools {others}" if gpus and gpus <= held else "no GPU within budget and selector"
+    legal = set.intersection(*(set(n.node.legal_tp.get(pool.model, ())) for n in nodes if n.node.agent_id in view.owned))
+    profiled = view.snapshot.step_times[pool.name].tp_sizes
+    fits = [t for t in sorted(legal) if t in profiled and (not pool.allowed_tp or t in pool.allowed_tp)]
+    if fits and others:
+        return f"TP {fits[0]} needs {fits[0]} GPUs of one node and {widest} can be had; others are in use by pools {others}"
+    return f"no legal TP among {list(pool.allowed_tp) or 'any'}"
+
+
+def _owned(pool: Pool, snapshot: Snapshot, taken: Mapping[str, str]) -> dict[str, tuple[Gpu, ...]]:
     """The pool's GPUs by agent: those that it runs on stay its own; the rest of its budget is taken node by node.
 
     What it still has on nodes that it may not use any more counts until it is gone.
@@ -122,7 +140,7 @@ def _owned(pool: Pool, snapshot: Snapshot, taken: set[str]) -> dict[str, tuple[G
     }
     left = pool.budget_gpus - len({*snapshot.holds.get(pool.name, ()), *leaving})
     mine = {n.node.agent_id: {u for g in n.layout.groups if g.pool == pool.name for u in g.gpu_uuids} for n in nodes}
-    foreign = {u for n in nodes for g in n.layout.groups if g.pool != pool.name for u in g.gpu_uuids} | taken
+    foreign = {u for n in nodes for g in n.layout.groups if g.pool != pool.name for u in g.gpu_uuids} | set(taken)
     owned: dict[str, list[Gpu]] = {}
     for keep in (True, False):
         for n in nodes:
@@ -359,11 +377,11 @@ def _pause_s(view: _PoolView, old: tuple[_Placed, ...], new: tuple[_Placed, ...]
     return pause / 1e3, sum(p.engine.tp_size for p in ended) / max(sum(p.engine.tp_size for p in old), 1)
 
 
-def _decide(view: _PoolView, now: float) -> tuple[tuple[_Placed, ...], PoolPlan]:
+def _decide(view: _PoolView, now: float, taken: Mapping[str, str]) -> tuple[tuple[_Placed, ...], PoolPlan]:
     pool, settings = view.pool, view.snapshot.settings
     running = _running(view)
     if not view.owned or not view.tps:
-        why = "no GPU within budget and selector" if not view.owned else f"no legal TP among {list(pool.allowed_tp) or 'any'}"
+        why = _why_blocked(view, taken)
         fitting = {n.node.agent_id for n in _fitting(pool, view.snapshot)}
         # Where no node fits at all, what runs stays; else it makes room in the budget for the nodes that do.
         return tuple(p for p in running if p.agent_id in fitting or not fitting), PoolPlan(
@@ -457,7 +475,8 @@ def _group(view: _PoolView, p: _Placed) -> Group:
 
 def plan(snapshot: Snapshot, now: float) -> Plan:
     """Implements `Planner`. Pools are served in the order of their names; input order does not matter."""
-    taken: set[str] = set()
+    taken: dict[str, str] = {}
+    """Pool by GPU."""
     groups: dict[str, list[Group]] = {n.node.agent_id: [] for n in snapshot.nodes}
     engines: dict[str, list[ResidentEngine]] = {n.node.agent_id: [] for n in snapshot.nodes}
     pools: list[PoolPlan] = []
@@ -473,13 +492,13 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
         quantile = snapshot.settings.headroom_quantile
         demand = {t.name: _headroom(seen.get(t.name, TierDemand(pool.name, t.name, 0.0)), quantile) for t in pool.tiers}
         view = _PoolView(pool, snapshot, owned, demand, tps)
-        placed, pool_plan = _decide(view, now)
+        placed, pool_plan = _decide(view, now, taken)
         pools.append(pool_plan)
         before = {n.node.agent_id: {g.engine_id for g in n.layout.groups if g.pool == pool.name} for n in snapshot.nodes}
         after: dict[str, set[str]] = {}
         for p in placed:
             groups[p.agent_id].append(_group(view, p) if tps and set(p.tiers) & set(demand) else _as_runs(snapshot, p))
-            taken |= set(p.engine.gpu_uuids)
+            taken |= dict.fromkeys(p.engine.gpu_uuids, pool.name)
             after.setdefault(p.agent_id, set()).add(p.engine.engine_id)
         for agent_id in owned:
             engines[agent_id] += [view.engine(agent_id, b) for tp in tps for b in view.blocks(agent_id, tp)]

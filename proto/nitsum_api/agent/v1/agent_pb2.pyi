@@ -86,6 +86,7 @@ class ModelFacts(_message.Message):
     KV_BYTES_PER_TOKEN_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     revision: _builtins.str
     weight_bytes: _builtins.int
@@ -97,6 +98,10 @@ class ModelFacts(_message.Message):
     def legal_tp(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """TP degrees that heads, KV heads and layer widths allow, whatever the number of GPUs."""
 
+    @_builtins.property
+    def source(self) -> _types_pb2.ModelSource:
+        """Where this was read. Not set by builds that could not say."""
+
     def __init__(
         self,
         *,
@@ -107,10 +112,11 @@ class ModelFacts(_message.Message):
         kv_bytes_per_token: _builtins.int = ...,
         context_length: _builtins.int = ...,
         problem: _builtins.str = ...,
+        source: _types_pb2.ModelSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "kv_bytes_per_token", b"kv_bytes_per_token", "legal_tp", b"legal_tp", "model", b"model", "problem", b"problem", "revision", b"revision", "weight_bytes", b"weight_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "kv_bytes_per_token", b"kv_bytes_per_token", "legal_tp", b"legal_tp", "model", b"model", "problem", b"problem", "revision", b"revision", "source", b"source", "weight_bytes", b"weight_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -783,3 +789,50 @@ class DrainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
+
+@_typing.final
+class InspectRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTRACT_VERSION_FIELD_NUMBER: _builtins.int
+    POOLS_FIELD_NUMBER: _builtins.int
+    contract_version: _builtins.str
+    @_builtins.property
+    def pools(self) -> _containers.RepeatedCompositeFieldContainer[Global___PoolDirective]:
+        """Pool and model; tiers do not matter."""
+
+    def __init__(
+        self,
+        *,
+        contract_version: _builtins.str = ...,
+        pools: _abc.Iterable[Global___PoolDirective] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_version", b"contract_version", "pools", b"pools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectRequest: _TypeAlias = InspectRequest  # noqa: Y015
+
+@_typing.final
+class InspectResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFacts]:
+        """In the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___ModelFacts] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectResponse: _TypeAlias = InspectResponse  # noqa: Y015

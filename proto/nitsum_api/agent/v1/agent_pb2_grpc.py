@@ -55,6 +55,11 @@ class AgentServiceStub:
                 request_serializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.DrainRequest.SerializeToString,
                 response_deserializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Inspect = channel.unary_unary(
+                '/nitsum_api.agent.v1.AgentService/Inspect',
+                request_serializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.InspectRequest.SerializeToString,
+                response_deserializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.InspectResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer:
@@ -89,6 +94,13 @@ class AgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Inspect(self, request, context):
+        """Reads models' configs where the node finds them, so that a spec is judged before it is in force. Reads anew with every call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.DrainRequest.FromString,
                     response_serializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.DrainResponse.SerializeToString,
+            ),
+            'Inspect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Inspect,
+                    request_deserializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.InspectRequest.FromString,
+                    response_serializer=nitsum__api_dot_agent_dot_v1_dot_agent__pb2.InspectResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class AgentService:
             '/nitsum_api.agent.v1.AgentService/Drain',
             nitsum__api_dot_agent_dot_v1_dot_agent__pb2.DrainRequest.SerializeToString,
             nitsum__api_dot_agent_dot_v1_dot_agent__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Inspect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nitsum_api.agent.v1.AgentService/Inspect',
+            nitsum__api_dot_agent_dot_v1_dot_agent__pb2.InspectRequest.SerializeToString,
+            nitsum__api_dot_agent_dot_v1_dot_agent__pb2.InspectResponse.FromString,
             options,
             channel_credentials,
             insecure,

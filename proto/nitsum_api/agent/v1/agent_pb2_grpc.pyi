@@ -41,6 +41,8 @@ class AgentServiceStub:
     """Reports at once, then on every change and at least each interval."""
     Drain: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DrainRequest, _agent_pb2.DrainResponse]
     """Ends every stream of the node with successors elsewhere and refuses new work."""
+    Inspect: _grpc.UnaryUnaryMultiCallable[_agent_pb2.InspectRequest, _agent_pb2.InspectResponse]
+    """Reads models' configs where the node finds them, so that a spec is judged before it is in force. Reads anew with every call."""
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -55,6 +57,8 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """Reports at once, then on every change and at least each interval."""
     Drain: _aio.UnaryUnaryMultiCallable[_agent_pb2.DrainRequest, _agent_pb2.DrainResponse]  # type: ignore[assignment]
     """Ends every stream of the node with successors elsewhere and refuses new work."""
+    Inspect: _aio.UnaryUnaryMultiCallable[_agent_pb2.InspectRequest, _agent_pb2.InspectResponse]  # type: ignore[assignment]
+    """Reads models' configs where the node finds them, so that a spec is judged before it is in force. Reads anew with every call."""
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by every node agent, called by the leading operator only."""
@@ -90,5 +94,13 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.DrainResponse, _abc.Awaitable[_agent_pb2.DrainResponse]]:
         """Ends every stream of the node with successors elsewhere and refuses new work."""
+
+    @_abc_1.abstractmethod
+    def Inspect(
+        self,
+        request: _agent_pb2.InspectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.InspectResponse, _abc.Awaitable[_agent_pb2.InspectResponse]]:
+        """Reads models' configs where the node finds them, so that a spec is judged before it is in force. Reads anew with every call."""
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
