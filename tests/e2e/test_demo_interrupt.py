@@ -19,8 +19,8 @@ from nitsum_local.binaries import ensure
 from nitsum_local.demo.phases import Phase
 from nitsum_sglang.testing.models import tiny_llama
 
-AT_ONCE = 3
-"""Most of a run is waiting: more at once fill two cores."""
+AT_ONCE = 2
+"""Each is a whole stage; the other end-to-end tests run beside them."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
