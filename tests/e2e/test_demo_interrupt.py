@@ -19,8 +19,8 @@ from nitsum_local.binaries import ensure
 from nitsum_local.demo.phases import Phase
 from nitsum_sglang.testing.models import tiny_llama
 
-AT_ONCE = 2
-"""Each is a whole stage; the other end-to-end tests run beside them."""
+WITH_ENGINES = frozenset({Phase.NODES, Phase.GATEWAY, Phase.POOLS, Phase.TRAFFIC, Phase.REFERENCE, Phase.SUMMARY})
+"""One of these at a time: a whole stage takes some GB, and the other end-to-end tests run beside it. The rest have a lane of their own."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -78,9 +78,11 @@ def temporary() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-async def interrupt(phase: Phase, folder: Path, temporary: Path, free: asyncio.Semaphore, *signals: signal.Signals) -> str:
+async def interrupt(
+    phase: Phase, folder: Path, temporary: Path, lanes: tuple[asyncio.Semaphore, asyncio.Semaphore], *signals: signal.Signals
+) -> str:
     """What went wrong; empty where nothing did. Signals after the first come on the way out."""
-    async with free:
+    async with lanes[phase in WITH_ENGINES]:
         words = ["-m", "nitsum_local.demo", "--model", "brief", "--state", str(folder)]
         env = {**os.environ, "TMPDIR": str(temporary)}
         process = await asyncio.create_subprocess_exec(
@@ -117,21 +119,21 @@ async def interrupt(phase: Phase, folder: Path, temporary: Path, free: asyncio.S
 async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path, temporary: Path) -> None:
     await asyncio.to_thread(ensure)
     await asyncio.to_thread(tiny_llama)
-    processes, before, free = set(descendants()), traces(), asyncio.Semaphore(AT_ONCE)
+    processes, before, lanes = set(descendants()), traces(), (asyncio.Semaphore(1), asyncio.Semaphore(1))
     twice = (Phase.NODES, Phase.TRAFFIC)
     runs = [(p, (signal.SIGINT, signal.SIGINT) if p in twice else (signal.SIGINT,)) for p in Phase if p is not Phase.CHART]
 
     def one(number: int, phase: Phase, signals: tuple[signal.Signals, ...]) -> Coroutine[None, None, str]:
         (temporary / str(number)).mkdir()
-        return interrupt(phase, tmp_path / f"{phase.name}{number}", temporary / str(number), free, *signals)
+        return interrupt(phase, tmp_path / f"{phase.name}{number}", temporary / str(number), lanes, *signals)
 
     folder, mine = tmp_path / "killed", temporary / "k"
     mine.mkdir()
 
     async def killed() -> str:
         """The chart's phase is interrupted in the demo that follows a killed one."""
-        first = await interrupt(Phase.TRAFFIC, folder, mine, free, signal.SIGKILL)
-        return first or await interrupt(Phase.CHART, folder, mine, free, signal.SIGINT)
+        first = await interrupt(Phase.TRAFFIC, folder, mine, lanes, signal.SIGKILL)
+        return first or await interrupt(Phase.CHART, folder, mine, lanes, signal.SIGINT)
 
     problems = await asyncio.gather(*(one(i, *run) for i, run in enumerate(runs)), killed())
     assert not any(problems), "\n".join(problems)
