@@ -65,7 +65,7 @@ browser: ## chromium, in which a test opens the report page: installed where it 
 test: preflight lint binaries browser ## Everything, from lint to the end-to-end test
 	$(RUN) pytest tests/unit tests/property tests/sim tests/golden -n 2 -q
 	$(RUN) pytest tests/engine tests/cluster -n 2 --dist loadfile -q
-	$(RUN) pytest tests/e2e -n 2 --dist loadgroup -q
+	$(RUN) pytest tests/e2e -q
 	@command -v chromium >/dev/null || echo "$(NO_BROWSER)"
 
 .PHONY: demo

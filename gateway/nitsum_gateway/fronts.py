@@ -96,7 +96,7 @@ class Fronts:
                         "nitsum_gateway.front:run",
                         args,
                         log_path=log_path,
-                        env={"TMPDIR": str(self.state_dir.resolve())},
+                        env={"TMPDIR": str(self.run_dir.resolve())},  # SGLang binds Unix sockets there, whose paths have 107 bytes at most
                         title=f"nitsum-front: {front.route.model.name}",
                     )
                     watcher = asyncio.create_task(self._watch(front, front.child))
