@@ -114,10 +114,20 @@ def _stop(name: str, value: Any) -> str | None:
 
 
 def _stop_ids(name: str, value: Any) -> str | None:
-    ids = value if isinstance(value, list) and len(value) <= STOP_IDS_MAX else [-1]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in ids):
+    if not _ids(value) or len(value) > STOP_IDS_MAX:
         return f"stop_token_ids must be at most {STOP_IDS_MAX} token ids"
     return None
+
+
+def _tokens(name: str, value: Any) -> str | None:
+    """Of /detokenize. The tokenizer's integers are 32 bits without a sign: past them it raises."""
+    if not _ids(value) and not (isinstance(value, list) and all(map(_ids, value))):
+        return f"{name} must be a list of token ids, or of such lists"
+    return None
+
+
+def _ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in value)
 
 
 def _salt(name: str, value: Any) -> str | None:
@@ -162,6 +172,7 @@ CHECKS: dict[str, Callable[[str, Any], str | None]] = {
     "logit_bias": _bias,
     "stop": _stop,
     "stop_token_ids": _stop_ids,
+    "tokens": _tokens,
     "cache_salt": _salt,
     "tools": _tools,
     "messages": _messages,

@@ -29,6 +29,8 @@ BODY_S_MAX = 60.0
 """A client that sends its body slower than this is cut off."""
 TIER_HEADER = "x-nitsum-tier"
 RETRY_AFTER_S = "1"
+REUSE_S = 5.0
+"""An idle connection to a front is reused this long: `front.KEEP_ALIVE_S` is far longer, and says why."""
 MODELS_LISTED_MAX = 20
 PASSED = ("content-type", "retry-after")
 
@@ -48,7 +50,9 @@ def error(
 class Dispatcher:
     def __init__(self, fronts: Fronts) -> None:
         self.fronts = fronts
-        self.client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=5), limits=httpx.Limits(max_connections=None))
+        self.client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=5), limits=httpx.Limits(max_connections=None, keepalive_expiry=REUSE_S)
+        )
 
     def app(self) -> Starlette:
         posts = [Route(path, self.forward, methods=["POST"]) for path in allowed.FIELDS]

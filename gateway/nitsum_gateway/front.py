@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
+KEEP_ALIVE_S = 60
+"""How long a front keeps an idle connection; the dispatcher drops its side far sooner (its `REUSE_S`). Whoever sends on a connection
+that the other side is just closing loses the request: with both at their libraries' 5 s one in some thousands did."""
 
 
 def arguments(args: dict[str, Any]) -> list[str]:
@@ -77,6 +80,7 @@ def run(args: dict[str, Any]) -> None:
     )
     load_plugins()
     settings = {k: args[k] for k in ("pool", "uid", "socket", "gateway_id", "tls_dir")}
+    os.environ["SGLANG_TIMEOUT_KEEP_ALIVE"] = str(KEEP_ALIVE_S)
     os.environ["NITSUM_FRONT"] = json.dumps({**settings, "context_length": context_length(args)})
     server_args = prepare_server_args(arguments(args))
     server_args.api_key, server_args.admin_api_key = args["api_key"], args["admin_api_key"]

@@ -15,6 +15,8 @@ HEADERS_S = 20.0
 """From a connection, or the first byte of a later request on it, to the request's last header."""
 CONNECTIONS_MAX = 10_000
 """Past it requests get 503 at once."""
+KEEP_ALIVE_S = 75
+"""Longer than clients keep an idle connection (OpenAI's, by httpx, 5 s): one that sends just as we close would lose its request."""
 RENEW_S = 30.0
 
 
@@ -68,6 +70,7 @@ def config(app: Any, listen: str, tls_dir: Path, drain_s: int) -> uvicorn.Config
         ssl_keyfile=str(tls_dir / "tls.key"),
         log_level="warning",
         limit_concurrency=CONNECTIONS_MAX,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=drain_s,
     )
     c.load()

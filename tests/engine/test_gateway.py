@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
@@ -31,7 +32,7 @@ from nitsum_sglang.testing.stock import free_port
 from . import hostile
 from .fake_node import FakeNode
 
-MODEL = "tiny"
+MODEL, CONTEXT = "tiny", 4096
 FUZZ_EXAMPLES = int(os.environ.get("NITSUM_FUZZ_EXAMPLES", "200"))
 POOL = types_pb2.PoolRef(name="default/chat", uid="u1")
 TIERS = [types_pb2.Tier(name="fast", ttft_ms=5000, tpot_ms=500, is_default=True), types_pb2.Tier(name="batch")]
@@ -294,7 +295,7 @@ async def test_no_request_reaches_private_fields_or_ends_the_front(gateway: Gate
         assert s.tier in ("fast", "batch")
         assert (s.resume_k, s.suspect, s.queue_ms) == (0, False, 0)
         assert s.input_ids
-        assert len(s.input_ids) + s.sampling.max_new_tokens <= 2048 + 1
+        assert len(s.input_ids) + s.sampling.max_new_tokens <= CONTEXT + 1
         assert 0 <= s.sampling.temperature <= 2
         assert s.logprobs.top <= 20
         assert len(s.cache_salt) <= 256
@@ -303,6 +304,26 @@ async def test_no_request_reaches_private_fields_or_ends_the_front(gateway: Gate
     assert _front_of(gateway.process.pid) == front
     async with gateway.client() as client:
         assert (await stream(client, *COMPLETION))[1] == "stop"
+
+
+async def test_idle_connections_outlive_their_clients_patience(gateway: Gateway) -> None:
+    """httpx, and OpenAI's client with it, uses a connection again for 5 s; who closes it at 5 s loses the request that crosses. Here one
+    idles for longer at both hops: at the listener, and at the front, past the 5 s after which SGLang's server would close it."""
+    front = _front_of(gateway.process.pid)
+    port = next(c.laddr.port for c in psutil.Process(front).net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    context = ssl.create_default_context(cafile=str(gateway.folder / "gateway" / "ca.crt"))
+    hops = [
+        await asyncio.open_connection("localhost", gateway.port, ssl=context, server_hostname="localhost"),
+        await asyncio.open_connection("127.0.0.1", port),
+    ]
+    for wait_s in (0, 6):
+        await asyncio.sleep(wait_s)
+        for reader, writer in hops:
+            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(re.search(rb"content-length: (\d+)", head)[1]))  # type: ignore[index]
+    for _, writer in hops:
+        writer.close()
 
 
 async def test_tiers_and_demand(gateway: Gateway) -> None:

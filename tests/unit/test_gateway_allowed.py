@@ -81,6 +81,12 @@ def test_what_would_end_or_stall_an_engine_is_refused_by_name(field: dict[str, A
     assert wrong.code in ("invalid_value", "unknown_parameter")
 
 
+@pytest.mark.parametrize("tokens", [[-1], [2**40], [True], ["x"], [[1], [-1]], [[1], 2], 5, {"1": 2}])
+def test_only_token_ids_are_detokenized(tokens: Any) -> None:
+    assert (allowed.problem("/detokenize", {"model": "m", "tokens": tokens}) or ("",))[0] == "tokens"
+    assert allowed.problem("/detokenize", {"model": "m", "tokens": [[1, 2], []]}) is None
+
+
 def test_two_prompts_of_many_choices_are_too_many() -> None:
     assert allowed.problem("/v1/completions", {"model": "m", "prompt": ["x"] * 3, "n": 64}) is not None
     assert allowed.problem("/v1/completions", {"model": "m", "prompt": [1] * 3000, "n": 64}) is None
