@@ -58,6 +58,10 @@ def reply_of(data: bytes, fields: dict[str, list[str]]) -> tuple[str, dict[str, 
     return name, dict(zip(fields.get(name, []), values[1:], strict=False))
 
 
+NO_TOKEN = "Grammar accept_token failed"
+"""A grammar that allows no token at all ({"$ref": "#"}): SGLang calls it an error of its own, and cites the grammar."""
+
+
 def finish_of(reason: dict[str, Any], aborted_by_us: bool) -> node_pb2.Finish:
     kind, matched = reason.get("type"), reason.get("matched")
     if kind == "stop":
@@ -74,6 +78,8 @@ def finish_of(reason: dict[str, Any], aborted_by_us: bool) -> node_pb2.Finish:
     message = str(reason.get("message") or "")
     if kind == "abort" and aborted_by_us:
         return node_pb2.Finish(kind=node_pb2.Finish.KIND_ABORTED, message=message)
+    if message.startswith(NO_TOKEN):
+        return error("grammar: no text that satisfies the schema, regex or grammar can continue this output", 400)
     status = reason.get("status_code")
     return error(message or f"the engine ended the request: {kind}", int(status) if status else 500)
 

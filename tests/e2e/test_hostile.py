@@ -30,6 +30,9 @@ async def test_no_request_ends_an_engine(system: System) -> None:
     await system.serves()
     before = engines(system)
     assert any(before.values())
+    async with system.client() as client:
+        r = await client.post("/v1/completions", json={"model": system.model, "prompt": "hi", "json_schema": '{"$ref":"#"}'})
+        assert (r.status_code, r.json()["error"]["message"][:8]) == (400, "grammar:"), r.text
     url, context, answers = system.stage.base_url, system.stage.ssl_context(), Counter[int]()
 
     def run() -> None:

@@ -66,6 +66,13 @@ def test_finish(reason: dict[str, object], aborting: bool, kind: int, tokens: in
     assert (delta.finish.kind, len(delta.token_ids)) == (kind, tokens)
 
 
+def test_a_grammar_that_allows_nothing_is_the_clients_error_and_is_not_cited() -> None:
+    message = "Grammar accept_token failed: Tokens not accepted: 7\nAccepted tokens: []\nKey string: {}"
+    (delta,) = deltas(batch(finished_reasons=[{"type": "abort", "message": message, "status_code": 500}]))
+    assert delta.finish.status_code == 400
+    assert "Key string" not in delta.finish.message
+
+
 def test_what_nobody_waits_for_is_dropped() -> None:
     assert deltas(batch(), live=False) == []
 
