@@ -1,6 +1,7 @@
 """From gateways' windows to TierDemand: exponentially weighted counts, with the uncertainty of a Poisson count."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from nitsum.demand import TierDemand
@@ -92,11 +93,11 @@ class DemandEstimator:
             sketch.decay(factor**0.1)
             sketch.merge(buckets, zeros, total)
 
-    def freeze(self, pool: str, now: float, on: bool) -> None:
-        """While a pool flips, its own queueing must not look like demand."""
+    def freeze(self, pool: str, now: float, tiers: Collection[str]) -> None:
+        """`tiers`: those that flip now, whose queueing must not look like demand. The pool's others thaw."""
         for (p, tier), t in self._tiers.items():
             if p == pool:
-                t.frozen = (t.frozen or replace(self._estimate(p, tier, t, now), frozen=True)) if on else None
+                t.frozen = (t.frozen or replace(self._estimate(p, tier, t, now), frozen=True)) if tier in tiers else None
 
     def _estimate(self, pool: str, tier: str, t: _Tier, now: float) -> TierDemand:
         seconds = max(t.seconds.values(), default=0.0)

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from nitsum.perf import StepTimeModel
 
+CHUNK_MIN = 64
+"""Of a budget: a step's fixed part would be paid too often for less."""
+SPARE = 1.25
+"""Prefill must keep up with more than the promised rate, or its queue never empties."""
 CHUNK_MAX = 8192
 """Prefill tokens of a step that nothing waits for."""
 PAGE = 16
@@ -66,3 +70,16 @@ def prefill_budget(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low * page
+
+
+def step_budget(
+    model: StepTimeModel, tp_size: int, batch: int, ctx: int, tpot_ms: float, prefill_tokens_per_s: float, chunk_max: int = CHUNK_MAX
+) -> int:
+    """`prefill_budget`, but enough for prefill to keep up with the rate that the group's capacity promises, and never below CHUNK_MIN."""
+    within = prefill_budget(model, tp_size, batch, ctx, tpot_ms, chunk_max=chunk_max)
+    if not within:
+        return 0
+    chunk = max(within, CHUNK_MIN)
+    while chunk < chunk_max and chunk / model.mixed_ms(tp_size, chunk, batch, ctx) * 1e3 < SPARE * prefill_tokens_per_s:
+        chunk = min(2 * chunk, chunk_max)
+    return chunk

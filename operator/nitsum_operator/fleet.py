@@ -107,5 +107,7 @@ class Fleet:
     def gpu_types(self) -> tuple[str, ...]:
         return tuple(sorted({g.type for a in self.agents.values() for g in a.described.gpus}))
 
-    def flipping(self, pool: str) -> bool:
-        return any(a.in_progress and any(g.group.pool.name == pool for g in a.report.groups) for a in self.agents.values())
+    def flipping(self, pool: str) -> frozenset[str]:
+        """Tiers that groups of the pool serve on nodes with a directive in work."""
+        groups = (g.group for a in self.agents.values() if a.in_progress for g in a.report.groups)
+        return frozenset(s.tier for g in groups if g.pool.name == pool for s in g.shares)

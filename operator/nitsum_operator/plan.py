@@ -4,8 +4,9 @@ from collections.abc import Collection, Mapping
 
 from nitsum.demand import TierDemand
 from nitsum.layout import Layout
+from nitsum.perf import StepTimeModel
+from nitsum.planner.planes import Planes
 from nitsum.planner.types import NodeView, Plan, PlannerSettings, Snapshot
-from nitsum.planner.v0 import plan
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_operator.accept import Accepted
 from nitsum_operator.observe import Agent, layout_of, node_of, residency_of
@@ -32,8 +33,9 @@ def snapshot(
     last_flip_at: Mapping[str, float],
     settings: PlannerSettings,
     carried: Collection[str] = (),
+    learned: Mapping[str, StepTimeModel] | None = None,
 ) -> Snapshot:
-    """`sent`: layouts of the last directives; on a node that flips, that is what it will be.
+    """`sent`: layouts of the last directives; on a node that flips, that is what it will be. `learned`: by pool, in its profile's place.
 
     `carried`: pools that exist but have no spec in force. A node that runs one stays as it is until that is mended.
     """
@@ -72,7 +74,7 @@ def snapshot(
         tuple(a.pool for _, a in sorted(by_name.items())),
         tuple(views),
         demand,
-        {n: a.profile for n, a in by_name.items()},
+        {n: (learned or {}).get(n, a.profile) for n, a in by_name.items()},
         {n: a.profile for n, a in by_name.items()},
         settings,
         {p: tuple(u) for p, u in holds.items()},
@@ -80,4 +82,5 @@ def snapshot(
 
 
 def decide(taken: Snapshot, now: float) -> Plan:
-    return plan(taken, now)
+    """By both planes, without a memory of earlier plans."""
+    return Planes()(taken, now)

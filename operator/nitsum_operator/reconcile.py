@@ -14,6 +14,8 @@ from urllib3.exceptions import HTTPError
 from nitsum.demand_estimate import DemandEstimator
 from nitsum.faults import FaultPoint
 from nitsum.perf.profile import Profile
+from nitsum.planner.planes import Planes
+from nitsum.planner.types import Verdict
 from nitsum_api.conditions import Reason
 from nitsum_api.fault import maybe_die
 from nitsum_api.resources import GROUP, NODES, POOLS, VERSION
@@ -48,6 +50,7 @@ class Reconciler:
         self._links, self._executor, self._estimator = links.Links(), execute.Executor(), DemandEstimator()
         self._fleet, self._history, self._figures = Fleet(), History(), Figures()
         self._delivery, self._writer = Delivery(), Writer(self._custom)
+        self._planes = Planes()
         self._inspector = inspection.Inspector()
         self._accepted: dict[str, accept.Accepted] = {}
         self._pools: dict[str, dict[str, Any]] = {}
@@ -100,7 +103,8 @@ class Reconciler:
         self._executor.carried = frozenset(set(judged) - set(self._accepted))
         planner = self._settings.planner
         taken = plan.snapshot(agents, self._accepted, demand, sent, self._history.flip_at, planner, self._executor.carried)
-        decided = await asyncio.to_thread(plan.decide, taken, now)  # links are heard meanwhile
+        # In a thread, for links to be heard meanwhile; what the planes remember is theirs alone, and this call is awaited.
+        decided = await asyncio.to_thread(self._planes, taken, now)
         due = [n for n in decided.nodes if self._executor.wanted(agents[n.agent_id], n, self._accepted)]
         if due:
             maybe_die(FaultPoint.OPERATOR_PLANNED)
@@ -109,7 +113,8 @@ class Reconciler:
             due = [n for n in due if not outdated & execute.concerned(agents[n.agent_id], n)]
         if due:
             maybe_die(FaultPoint.OPERATOR_INTENT_WRITTEN)
-            self._reasons |= {p.pool: p.reasons[-1] for p in decided.pools if p.reasons}
+            # What only relabels groups explains no flip.
+            self._reasons |= {p.pool: p.reasons[-1] for p in decided.pools if p.reasons and p.verdict is Verdict.CHANGE}
             await self._executor.send(agents, due, self._accepted, self._leader.term)
         await self._delivery.send(self._links.gateways, routes.routes(self._accepted, agents), self._leader.term)
         await self._write(judged, taken, decided, now)

@@ -119,7 +119,9 @@ class Standing:
         if not outlook:
             return "Unknown", Reason.NO_PLAN_YET, "Nothing has been planned yet."
         if (tight := next((t for t in outlook if not t.feasible), None)) is not None:
-            return "False", Reason.SLO_INFEASIBLE, f"{tight.tier}: {tight.binding}; raise spec.budget.gpus or loosen its targets."
+            ways = "; ".join(self.plan.remedies if self.plan is not None else ())[:800]
+            text = ways or f"{tight.tier}: {tight.binding}; raise spec.budget.gpus or loosen its targets"
+            return "False", Reason.SLO_INFEASIBLE, f"{text}."
         return "True", Reason.WITHIN_BUDGET, "Every tier is expected to reach its target."
 
     @property

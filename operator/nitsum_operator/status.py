@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from nitsum.layout import Layout
+from nitsum.layout import Group, Layout
 from nitsum.planner.types import Plan, Snapshot, TierOutlook, Verdict
 from nitsum_api.conditions import PoolCondition, Reason, summary_reason
 from nitsum_api.resources import (
@@ -57,13 +57,20 @@ def tier_rows(name: str, figures: Figures, tiers: Iterable[str], plan: Mapping[s
             "attainment": _percent(f.attainment),
             "goodput": f"{f.goodput:.1f}/s",
             "feasible": outlook.feasible if outlook else None,
-            "binding": (outlook.binding[:128] if not outlook.feasible else "") if outlook else None,
+            "slack": f"{min(outlook.slack, 99):.1f}x" if outlook else None,
+            "binding": outlook.binding[:128] if outlook else None,
         }
         for kind, sketch in (("ttft", f.ttft_ms), ("tpot", f.tpot_ms)):
             if sketch.count > 0:
                 row |= {f"{kind}P{q}Ms": round(sketch.quantile(q / 100), 1) for q in (50, 99)}
         result.append(TierStatus.model_validate(row))
     return result
+
+
+def serving(groups: Iterable[Group]) -> str:
+    """E.g. `2xTP1 chat+batch, 1xTP2 strict`: TP and the tiers that groups are for. A tier with next to no share only rides along."""
+    kinds = Counter((g.tp_size, "+".join(s.tier for s in g.shares if s.share > 1.5e-3) or "none") for g in groups)
+    return ", ".join(f"{n}xTP{tp} {tiers}" for (tp, tiers), n in sorted(kinds.items()))
 
 
 FIGURES = {"attainment", "goodput", "tiersSummary", "tiers"}
@@ -74,7 +81,7 @@ def without_figures(status: Mapping[str, Any]) -> dict[str, Any]:
 
     Feasible is one of them: at its edge it follows every step of the demand estimate.
     """
-    plan = {k: v for k, v in (status.get("plan") or {}).items() if k not in ("expectedGoodput", "rejected", "reasons")}
+    plan = {k: v for k, v in (status.get("plan") or {}).items() if k not in ("expectedGoodput", "rejected", "reasons", "held", "remedies")}
     conditions = [c for c in status.get("conditions") or [] if c["type"] != PoolCondition.FEASIBLE]
     reason = None if status.get("reason") == Reason.SLO_INFEASIBLE else status.get("reason")
     return {**{k: v for k, v in status.items() if k not in FIGURES}, "plan": plan, "conditions": conditions, "reason": reason}
@@ -173,8 +180,11 @@ def plan_status(
         expected_goodput=f"{pool_plan.expected_goodput:.1f}/s",
         profile=judged.accepted.profile.name,
         profile_origin=judged.accepted.profile.origin,
+        serving=serving(wanted)[:512],
+        held=pool_plan.held[:512] or None,
         reasons=list(before["reasons"]) if keep else [r[:512] for r in pool_plan.reasons[:16]],
         rejected=[r[:512] for r in pool_plan.rejected[:8]],
+        remedies=[r[:512] for r in pool_plan.remedies[:8]] or None,
     )
 
 

@@ -148,6 +148,7 @@ class TierStatus(Part):
     attainment: str | None = None
     goodput: str | None = None
     feasible: bool | None = None
+    slack: str | None = None
     binding: str | None = None
     ttft_p50_ms: float | None = Field(None, alias="ttftP50Ms")
     ttft_p99_ms: float | None = Field(None, alias="ttftP99Ms")
@@ -162,12 +163,15 @@ class PlanStatus(Part):
     decided_at: str | None = None
     verdict: Literal["Keep", "Change", "Blocked"] | None = None
     layout: str | None = None
+    serving: str | None = None
+    held: str | None = None
     gpus: int | None = None
     expected_goodput: str | None = None
     profile: str | None = None
     profile_origin: str | None = None
     reasons: list[str] | None = None
     rejected: list[str] | None = None
+    remedies: list[str] | None = None
 
 
 class FlipStatus(Part):

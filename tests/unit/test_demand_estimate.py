@@ -37,11 +37,11 @@ def test_a_change_is_followed_within_two_half_lives() -> None:
 def test_a_frozen_tier_stays_as_it_was() -> None:
     e = DemandEstimator(10)
     feed(e, 4, 60)
-    e.freeze("p", 60.0, True)
+    e.freeze("p", 60.0, ["t"])
     feed(e, 100, 5, 60)
     assert e.estimate(65.0)[0].rate == pytest.approx(4)
     assert e.estimate(65.0)[0].frozen
-    e.freeze("p", 65.0, False)
+    e.freeze("p", 65.0, ())
     assert e.estimate(65.0)[0].rate > 10
 
 

@@ -160,5 +160,11 @@ async def test_a_plan_without_gpus_names_who_has_them() -> None:
     pools = [pool(), pool("q", model="smollm2-135m-instruct", source={"path": "/m"})]
     await operator.cycle(pools)
     await operator.cycle(pools)
+    report = next(iter(operator.fleet.agents.values())).report
+    for i, gpu in enumerate(next(iter(operator.fleet.agents.values())).described.gpus):
+        group = report.groups.add().group
+        group.group_id = group.engine_id = f"e{i}-{operator.accepted['a/p'].pool.checkpoint}"
+        group.pool.name, group.model, group.tp_size = "a/p", "tiny-llama", 1
+        group.gpu_uuids.append(gpu.uuid)
     made = decide(snapshot(operator.fleet.agents, operator.accepted, (), {}, {}, PlannerSettings()), 0.0)
     assert made.pools[1].reasons == ("all GPUs that match are in use by pools a/p",)

@@ -45,9 +45,14 @@ FAR = 1.3
 """A length that has moved by more is looked at at once."""
 
 
-def _near(a: Mark, b: Mark) -> bool:
+def near(a: Mark, b: Mark) -> bool:
     pairs = ((a.prompt, b.prompt, FAR), (a.output, b.output, FAR), (a.dispersion, b.dispersion, 2.0))
     return all(max(x, y) <= most * min(x, y) for x, y, most in pairs)
+
+
+def version(model: StepTimeModel) -> object:
+    """What tells step-time models apart: a profile's name, and which of its corrections (`correction.Corrected`)."""
+    return getattr(model, "name", id(model)), getattr(model, "version", 0)
 
 
 class Capacity:
@@ -79,13 +84,13 @@ class Capacity:
         `partly`: near targets that cannot be held, more requests meet them at a rate at which many do not: that counts. The second try
         is what would hold without bursts, so that of TPs of which none holds the nearest is preferred.
         """
-        rest = getattr(model, "name", id(model)), tp_size, goal, resident, guest, partly
+        rest = version(model), tp_size, goal, resident, guest, partly
         key, last = (*rest, m), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
                 self._latest[last] = m, found
             return found
-        if self.left == 0 and (before := self._latest.get(last)) is not None and _near(before[0], m):
+        if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m):
             return before[1]
         prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None

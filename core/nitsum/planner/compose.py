@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from nitsum.governor import step_budget
 from nitsum.layout import Capacity as Limits
 from nitsum.layout import Group, Layout, TierShare
 from nitsum.planner.place import Placed
@@ -163,7 +164,15 @@ def _limits(
     running = max(round(ROOM * sum(u * batch for u, _, batch, _ in parts)), 1)
     rate = sum(u * rate for u, rate, _, _ in parts)
     prefill = round(sum(u * rate * prompt for u, rate, _, prompt in parts), 1)
-    return shares, Limits(running, kv_tokens, prefill, _queue(q, tiers, rate, running))
+    tpot_ms = min((t.tpot_ms for t in q.slo_tiers if t.name in uses and t.tpot_ms is not None), default=0.0)
+    ctx = round(
+        sum(
+            u * (q.demand[t].prompt_tokens_mean + q.demand[t].output_tokens_mean / 2)
+            for (t, _, _), (u, *_) in zip(able, parts, strict=True)
+        )
+    )
+    chunk = step_budget(snapshot.step_times[q.pool.name], tp_size, running, max(ctx, 1), tpot_ms, prefill)
+    return shares, Limits(running, kv_tokens, prefill, _queue(q, tiers, rate, running), chunk)
 
 
 def _queue(q: PoolQuestion, tiers: tuple[str, ...], rate: float, running: int) -> int:

@@ -5,7 +5,7 @@ What it changes goes to nodes as any plan does: the operator sends limits that h
 
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
-from nitsum.planner.question import ask, kinds
+from nitsum.planner.question import ask, kinds, stale
 from nitsum.planner.serve import serve
 from nitsum.planner.types import Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import describe, goodput, outlook, profile
@@ -37,6 +37,8 @@ class FastPlane:
             plan = PoolPlan(
                 pool.name, q.gpus, goodput(q, serving.answer), outlook(q, found, serving), (profile(q, snapshot), why), (), Verdict.KEEP
             )
-            decided.append(Decided(q, serving.placed, serving, plan))
+            # Demand that nobody reports any more is no reason to change anything.
+            asleep = stale(pool.name, snapshot, now)
+            decided.append(Decided(q, tuple(placed) if asleep else serving.placed, serving, plan, asleep))
         self._capacity.left = None
         return compose(decided, snapshot, resident=False)

@@ -123,6 +123,12 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     return PoolQuestion(pool, demand, tps, tuple(nodes), running, had, budget, blocked)
 
 
+def stale(pool: str, snapshot: Snapshot, now: float) -> bool:
+    """Whether its demand is not known, or all reports of it are old."""
+    known = [d for d in snapshot.demand if d.pool == pool]
+    return not known or all(now - d.observed_at > snapshot.settings.stale_after_s for d in known)
+
+
 def goal_of(tier: Tier, members: tuple[Tier, ...] = ()) -> tuple[Goal, str]:
     """What must hold of a tier in a group that these share, and the tier whose TTFT suffers most there, if another.
 

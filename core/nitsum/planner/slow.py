@@ -17,11 +17,13 @@ from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.place import Placed, Running, Slot, place
 from nitsum.planner.problem import Answer, Counts, Problem, value, wins
-from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem
+from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
-from nitsum.planner.words import describe, goodput, outlook, profile, shape
+from nitsum.planner.words import crowded, describe, goodput, outlook, profile, shape
 from nitsum.pool import AdaptationMode
+
+STALE = "no fresh demand report: the last safe layout stays"
 
 
 def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
@@ -29,8 +31,8 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
     settings = snapshot.settings
     if not q.running:
         return ""
-    if stale(q, snapshot, now):
-        return "no fresh demand report: the last safe layout stays"
+    if stale(q.pool.name, snapshot, now):
+        return STALE
     mine = {agent_id for _, agent_id, _ in q.running}
     if any(n.flipping for n in q.nodes if n.node.agent_id in mine) or any(d.frozen for d in snapshot.demand if d.pool == q.pool.name):
         return "a flip is running"
@@ -38,11 +40,6 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
     if flipped and now - max(flipped) < settings.cooldown_s:
         return f"cooling down for {settings.cooldown_s:g} s after the last flip"
     return ""
-
-
-def stale(q: PoolQuestion, snapshot: Snapshot, now: float) -> bool:
-    fresh = [d for d in snapshot.demand if d.pool == q.pool.name]
-    return not fresh or all(now - d.observed_at > snapshot.settings.stale_after_s for d in fresh)
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,9 @@ class _Kept:
 class SlowPlane:
     """Implements `Planner`, both planes together. Remembers capacities between calls; equal snapshots give equal plans all the same."""
 
-    def __init__(self, use_exact: bool = True, governed: bool = False) -> None:
-        """`governed`: engines size their prefill steps by TPOT."""
-        self._capacity, self._use_exact = Capacity(governed), use_exact
+    def __init__(self, use_exact: bool = True, governed: bool = False, capacity: Capacity | None = None) -> None:
+        """`governed`: engines size their prefill steps by TPOT. `capacity`: what a fast plane shares; it says whether they do."""
+        self._capacity, self._use_exact = capacity or Capacity(governed), use_exact
 
     def __call__(self, snapshot: Snapshot, now: float) -> Plan:
         questions = [ask(p, snapshot) for p in sorted(snapshot.pools, key=lambda p: p.name)]
@@ -72,12 +69,13 @@ class SlowPlane:
         decided = self._decide(moves, snapshot, barred) if moves else []
         used = set(barred) | {g.uuid for d in decided for p in d.placed for g in p.gpus}
         for k in kept:
-            decided.append(self._keep(k, snapshot, used, stale(k.q, snapshot, now)))
+            decided.append(self._keep(k, snapshot, used, stale(k.q.pool.name, snapshot, now)))
         return compose(sorted(decided, key=lambda d: d.q.pool.name), snapshot)
 
     def _keep(self, kept: _Kept, snapshot: Snapshot, used: set[str], asleep: bool) -> Decided:
         """What runs, repaired; `used` grows by what is filled. Also says what a pool that may not change would do."""
         q, why = kept.q, kept.why
+        held = why
         name, settings = q.pool.name, snapshot.settings
         if q.blocked:
             return Decided(
@@ -110,6 +108,7 @@ class SlowPlane:
             rejected,
             verdict,
             would,
+            held,
         )
         return Decided(q, serving.placed, serving, plan, asleep)
 
@@ -177,6 +176,8 @@ def _plan(
     """Reasons of a pool that could change."""
     current, base, best, answer = answers
     settings, name = snapshot.settings, q.pool.name
+    if not serving.placed and not q.had:
+        return PoolPlan(name, 0, 0.0, (), (crowded(q, snapshot),), verdict=Verdict.BLOCKED)
     was, will = describe(len(u) for _, _, u in q.running), describe(len(p.gpus) for p in serving.placed)
     same = {p.key for p in serving.placed} == set(q.running)
     reasons = [profile(q, snapshot), *([best.note] if best.note else [])]

@@ -107,6 +107,10 @@ class PoolPlan:
     verdict: Verdict = Verdict.KEEP
     would_change: bool = False
     """A better layout is known, but the pool's mode does not let it."""
+    held: str = ""
+    """Why the layout may not change now, whatever would be better; empty: it may."""
+    remedies: tuple[str, ...] = ()
+    """What would make its infeasible tiers feasible."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,18 @@ def profile(q: PoolQuestion, snapshot: Snapshot) -> str:
     return f"profile {getattr(times, 'name', '?')} ({times.origin})"
 
 
+def crowded(q: PoolQuestion, snapshot: Snapshot) -> str:
+    """Why a pool that may have GPUs gets none."""
+    gpus = {g.uuid for n in q.nodes for g in n.node.gpus}
+    others = [(g.pool, gpus & set(g.gpu_uuids)) for n in snapshot.nodes for g in n.layout.groups if g.pool != q.pool.name]
+    holders = ", ".join(sorted({pool for pool, held in others if held}))
+    if holders and gpus <= {u for _, held in others for u in held}:
+        return f"all GPUs that match are in use by pools {holders}"
+    least = min(q.tps)
+    also = f"; others are in use by pools {holders}" if holders else ""
+    return f"TP {least} needs {least} GPUs of one node, and so many cannot be had{also}"
+
+
 def shape(asked: Problem, counts: Counts, pool: str) -> str:
     mine: dict[str, int] = {}
     for (_, k), n in sorted(counts.items()):

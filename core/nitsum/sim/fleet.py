@@ -278,7 +278,8 @@ class Fleet:
         for gateway in self.gateways:
             for w in gateway.windows(self.now, seconds) if seconds else ():
                 self.estimator.observe(w)
-        self.estimator.freeze(self.pool.name, self.now, any(n.wanted is not None for n in self.nodes.values()))
+        flipping = any(n.wanted is not None for n in self.nodes.values())
+        self.estimator.freeze(self.pool.name, self.now, [t.name for t in self.pool.tiers] if flipping else ())
         for g in list(self._all()):
             if g.ledger.queued_total:
                 self._expire(g)
