@@ -354,6 +354,14 @@ class Node:
             kv_capacity_tokens=slot.info.max_total_tokens if slot and slot.info else 0,
         )
 
+    def report(self, live: Live) -> agent_pb2.GroupReport:
+        report = agent_pb2.GroupReport(group=live.wire, state=live.state, load=self.load(live))
+        slot = self.slots.get(live.group.engine_id)
+        if slot is not None and live.state == State.GROUP_STATE_OPEN:
+            report.steps.extend(slot.engine.timings.steps)
+            report.steps_serial = slot.engine.timings.serial
+        return report
+
     def view(self) -> node_pb2.AttachResponse:
         # Gateways ask a closing group last, and only where its work went: what a node that drains wants.
         closing = State.GROUP_STATE_CLOSING if self.draining else None

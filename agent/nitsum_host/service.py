@@ -227,7 +227,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
             applied_operation_id=self.applied,
             applied_generation=self.generation,
             epoch=node.epoch,
-            groups=[agent_pb2.GroupReport(group=live.wire, state=live.state, load=node.load(live)) for live in node.groups.values()],
+            groups=[node.report(live) for live in node.groups.values()],
             engines=[
                 agent_pb2.EngineReport(engine=s.wire, state=s.state, restarts=s.restarts, message=s.message) for s in node.slots.values()
             ],

@@ -15,7 +15,7 @@ from typing import Any
 
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import remains, seam, wire
-from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec, Limits
+from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec, Limits, Timings
 from nitsum_sglang.zygote_client import Child, Zygote, ZygoteEnded, log_tail
 
 zmq: Any = importlib.import_module("zmq")  # its stubs miss what it exports
@@ -37,7 +37,7 @@ class SchedulerEngine:
         self.addresses = seam.addresses(spec.state_dir)
         self.log_path = Path(spec.state_dir, "engine.log")
         self.parked = True
-        self.limits = Limits()
+        self.limits, self.timings = Limits(), Timings()
         self.child: Child | None = None
         self.info: EngineInfo | None = None
         self._live: set[str] = set()
@@ -261,7 +261,9 @@ class SchedulerEngine:
         while True:
             name, reply = wire.reply_of(await self._replies.recv(), self._fields)
             rid = str(reply.get("rid") or "")
-            if name == "AbortReq" and rid in self._live:  # it was queued
+            if rid == seam.STEPS:
+                self.timings = Timings(self.timings.serial + 1, wire.timings_of(str(reply.get("message"))))
+            elif name == "AbortReq" and rid in self._live:  # it was queued
                 finish = wire.finish_of(reply.get("finished_reason") or {"type": "abort"}, rid in self._aborting)
                 await self._put([node_pb2.TokenDelta(request_id=rid, finish=finish)])
             elif name == "FlushCacheReqOutput" and rid in self._confirmations:

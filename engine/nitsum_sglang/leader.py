@@ -85,7 +85,7 @@ def _prepare(spec: dict[str, Any]) -> tuple[Any, Any]:
     from sglang.srt.server_args import PortArgs, prepare_server_args
 
     load_plugins()
-    wanted = {"exact_resume", "awake_log", "governor"} | ({"weights"} if spec["weight_socket"] else set())
+    wanted = {"exact_resume", "awake_log", "governor", "step_times"} | ({"weights"} if spec["weight_socket"] else set())
     if missing := wanted - plugins.loaded():
         raise RuntimeError(f"SGLang did not load our plugins {sorted(missing)}: is nitsum installed with its entry points?")
     server_args = prepare_server_args(server_arguments(spec))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.node.v1 import node_pb2
 
 
@@ -64,6 +65,14 @@ class Limits:
     """Beside streams that decode."""
 
 
+@dataclass(frozen=True)
+class Timings:
+    """Means of the steps of the last second or so in which the engine worked. `serial` grows with each; 0: there is none yet."""
+
+    serial: int = 0
+    steps: tuple[agent_pb2.StepTiming, ...] = ()
+
+
 class EngineEnded(Exception):
     """The engine's processes ended unasked; what ran on it is lost, its tokens are not."""
 
@@ -72,6 +81,7 @@ class Engine(Protocol):
     """Starts parked. Commands are idempotent; none raises but EngineEnded."""
 
     spec: EngineSpec
+    timings: Timings
 
     async def start(self) -> EngineInfo:
         """Returns when the schedulers are loaded. Raises EngineEnded with the log's tail when they are not."""

@@ -6,6 +6,8 @@ from pathlib import Path
 SUBMIT, ABORT, ABORT_ALL, PAUSE, CONTINUE, FLUSH, GOVERN = b"submit", b"abort", b"abort-all", b"pause", b"continue", b"flush", b"govern"
 """First part of a frame. Then: submit: rid, priority, Submit bytes. abort: rid. pause, continue: rid of the confirmation.
 govern: prefill tokens per step."""
+STEPS = "steps."
+"""Rid of the reply that carries step times (`plugins/step_times.py`)."""
 
 SOCKETS = ("input", "tokens", "replies", "rpc", "metrics", "leader")
 SOCKET_NAME_BYTES_MAX = 107

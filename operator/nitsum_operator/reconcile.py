@@ -27,6 +27,7 @@ from nitsum_operator.handlers import Store
 from nitsum_operator.history import History
 from nitsum_operator.issuer import RECHECK, Issuer
 from nitsum_operator.leader import Leader
+from nitsum_operator.learn import Learning
 from nitsum_operator.settings import Settings
 from nitsum_operator.write import Writer
 
@@ -50,7 +51,7 @@ class Reconciler:
         self._links, self._executor, self._estimator = links.Links(), execute.Executor(), DemandEstimator()
         self._fleet, self._history, self._figures = Fleet(), History(), Figures()
         self._delivery, self._writer = Delivery(), Writer(self._custom)
-        self._planes = Planes()
+        self._planes, self._learning = Planes(), Learning(settings.online_correction)
         self._inspector = inspection.Inspector()
         self._accepted: dict[str, accept.Accepted] = {}
         self._pools: dict[str, dict[str, Any]] = {}
@@ -102,7 +103,9 @@ class Reconciler:
         demand = self._estimator.estimate(now)
         self._executor.carried = frozenset(set(judged) - set(self._accepted))
         planner = self._settings.planner
-        taken = plan.snapshot(agents, self._accepted, demand, sent, self._history.flip_at, planner, self._executor.carried)
+        self._learning.hear(agents.values(), self._accepted)
+        learned = self._learning.models
+        taken = plan.snapshot(agents, self._accepted, demand, sent, self._history.flip_at, planner, self._executor.carried, learned)
         # In a thread, for links to be heard meanwhile; what the planes remember is theirs alone, and this call is awaited.
         decided = await asyncio.to_thread(self._planes, taken, now)
         due = [n for n in decided.nodes if self._executor.wanted(agents[n.agent_id], n, self._accepted)]

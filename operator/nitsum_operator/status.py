@@ -179,7 +179,7 @@ def plan_status(
         gpus=sum(g.tp_size for g in wanted),
         expected_goodput=f"{pool_plan.expected_goodput:.1f}/s",
         profile=judged.accepted.profile.name,
-        profile_origin=judged.accepted.profile.origin,
+        profile_origin=seen.taken.step_times[name].origin[:64] if name in seen.taken.step_times else judged.accepted.profile.origin,
         serving=serving(wanted)[:512],
         held=pool_plan.held[:512] or None,
         reasons=list(before["reasons"]) if keep else [r[:512] for r in pool_plan.reasons[:16]],

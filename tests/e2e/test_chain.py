@@ -23,7 +23,8 @@ async def test_streams_survive_what_the_planner_decides(system: System, expected
     lines = system.stage.awake_lines()
     assert not flips.overlaps(lines, system.died), flips.overlaps(lines, system.died)
     windows = [w for n in system.stage.nodes for w in flips.windows([x for x in lines if x["gpus"][0].startswith(n.name)], began)]
-    assert len(windows) >= 4, f"each of two nodes flips there and back: {windows}"
+    # The first layout may have had one node at TP 1 already.
+    assert len(windows) >= 3, f"one of two nodes flips there and back, the other at least there: {windows}"
     gaps = [
         max(b - a for a, b in zip(s.times, s.times[1:], strict=False)) * 1e3
         for w in waves

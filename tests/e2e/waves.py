@@ -1,6 +1,8 @@
 """Waves of every kind of stream: their arrivals are the demand by which the planner flips, their answers what must not change."""
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -27,18 +29,26 @@ async def stream_again(system: System, client: httpx.AsyncClient, kind: str, tie
 
 
 async def waves_until(system: System, client: httpx.AsyncClient, tier: str, stop: str, tp_size: int) -> list[Wave]:
-    """Every kind at once, each over and over without waiting for the others, so that streams run whenever a flip comes; until the layout
-    is all of `tp_size` and each kind has seen it."""
+    """Until the layout is all of `tp_size` and each kind has seen it."""
+    layout = f"{4 // tp_size}xTP{tp_size}"
+    return await waves_while(system, client, tier, stop, lambda status: status.get("layout") == layout, f"the layout is {layout}")
+
+
+async def waves_while(
+    system: System, client: httpx.AsyncClient, tier: str, stop: str, reached: Callable[[dict[str, Any]], bool], what: str
+) -> list[Wave]:
+    """Every kind at once, each over and over without waiting for the others, so that streams run whenever a change comes; until the pool
+    is settled, its status is as wanted, and each kind has seen it. `what`: in words."""
     enough = asyncio.Event()
     running = asyncio.gather(*(stream_again(system, client, kind, tier, stop, enough) for kind in KINDS))
     while not running.done():
         await system.watch.refresh()
-        if system.watch.settled and system.watch.status.get("layout") == f"{4 // tp_size}xTP{tp_size}":
+        if system.watch.settled and reached(system.watch.status):
             enough.set()
             break
         await asyncio.wait([running], timeout=POLL_S)
     seen = [wave for waves in await running for wave in waves]
-    assert enough.is_set(), f"{len(seen)} streams of {tier}, and the layout is not TP{tp_size}\n{system.logs()}"
+    assert enough.is_set(), f"{len(seen)} streams of {tier}, and not: {what}\n{system.logs()}"
     return seen
 
 

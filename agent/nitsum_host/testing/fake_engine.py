@@ -5,7 +5,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from nitsum_api.node.v1 import node_pb2
-from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec, Limits
+from nitsum_sglang.port import EngineEnded, EngineInfo, EngineRequest, EngineSpec, Limits, Timings
 
 
 def next_token(prefix: Sequence[int]) -> int:
@@ -29,7 +29,7 @@ class FakeEngine:
         self.on_awake: Callable[[bool], None] = lambda awake: None
         """Told when it begins, or may begin, to hold its GPUs, and when it has let go of them."""
         self.awake = False
-        self.limits = Limits()
+        self.limits, self.timings = Limits(), Timings()
         self._live: dict[str, tuple[list[int], int, int]] = {}
         self._steps: asyncio.Queue[list[node_pb2.TokenDelta] | None] = asyncio.Queue()
         self._loop: asyncio.Task[None] | None = None

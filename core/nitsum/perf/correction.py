@@ -7,6 +7,7 @@ learning starts afresh. Both numbers are bounded. What one (TP, phase) does not 
 confidence: else the planner would flee from every TP that it has measured to those that only the profile praises.
 """
 
+import copy
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -168,6 +169,34 @@ class Corrected:
         self._lines: dict[tuple[int, Phase], _Line] = {}
         self._smallest = {tp: {Phase.PREFILL: base.prefill_ms(tp, 1), Phase.DECODE: base.decode_ms(tp, 1, 1)} for tp in base.tp_sizes}
         self._applied: dict[tuple[int, Phase], tuple[float, float]] = {}
+        self.version = 0
+        """Of a model that was taken by `fixed`; with its name it tells models apart."""
+
+    def fixed(self, version: int) -> "Corrected":
+        """As it is now, and learns no more: what plans are made with must not move under them."""
+        taken = copy.copy(self)
+        taken._lines, taken._applied, taken.version = copy.deepcopy(self._lines), {}, version
+        return taken
+
+    def far_from(self, other: "Corrected", part: float) -> bool:
+        """Whether the two differ by more than this part of some step's time, at the smallest step or at a large one, of what is learned."""
+        for tp, phase in self._lines:
+            (a, b), (c, d) = self._line_of(tp, phase), other._line_of(tp, phase)
+            small = (b - d) / self._step(tp, phase)
+            if max(abs(a - c), abs(a - c + small)) > part * max(c, self.bounds.factor_min):
+                return True
+        return False
+
+    @property
+    def steps(self) -> int:
+        """Measurements that were taken in."""
+        return sum(line.accepted for line in self._lines.values())
+
+    @property
+    def overall(self) -> float:
+        """Mean confidence of what was measured; 0: nothing was."""
+        measured = [line.confidence for line in self._lines.values() if line.weight]
+        return sum(measured) / len(measured) if measured else 0.0
 
     def observe(self, timing: StepTiming) -> bool:
         """False: not taken, an outlier or nothing that can be compared (no data at this TP, no time, no tokens)."""
@@ -236,7 +265,8 @@ class Corrected:
 
     @property
     def origin(self) -> str:
-        return self.base.origin
+        """Of the base; where that was corrected, also how sure the correction is."""
+        return f"{self.base.origin}, corrected by {self.steps} timings, confidence {self.overall:.0%}" if self.steps else self.base.origin
 
     @property
     def tp_sizes(self) -> tuple[int, ...]:

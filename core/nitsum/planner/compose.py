@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from nitsum.governor import step_budget
 from nitsum.layout import Capacity as Limits
 from nitsum.layout import Group, Layout, TierShare
+from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT
 from nitsum.planner.place import Placed
 from nitsum.planner.question import PoolQuestion
 from nitsum.planner.serve import Serving
@@ -165,13 +166,9 @@ def _limits(
     rate = sum(u * rate for u, rate, _, _ in parts)
     prefill = round(sum(u * rate * prompt for u, rate, _, prompt in parts), 1)
     tpot_ms = min((t.tpot_ms for t in q.slo_tiers if t.name in uses and t.tpot_ms is not None), default=0.0)
-    ctx = round(
-        sum(
-            u * (q.demand[t].prompt_tokens_mean + q.demand[t].output_tokens_mean / 2)
-            for (t, _, _), (u, *_) in zip(able, parts, strict=True)
-        )
-    )
-    chunk = step_budget(snapshot.step_times[q.pool.name], tp_size, running, max(ctx, 1), tpot_ms, prefill)
+    lengths = {t: (q.demand[t].prompt_tokens_mean or PRIOR_PROMPT) + (q.demand[t].output_tokens_mean or PRIOR_OUTPUT) / 2 for t in uses}
+    ctx = round(sum(u * lengths[t] for (u, *_), (t, *_) in zip(parts, able, strict=True)))
+    chunk = step_budget(snapshot.step_times[q.pool.name], tp_size, running, ctx, tpot_ms, prefill)
     return shares, Limits(running, kv_tokens, prefill, _queue(q, tiers, rate, running), chunk)
 
 

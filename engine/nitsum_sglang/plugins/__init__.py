@@ -19,12 +19,13 @@ def register() -> None:
         _loaded.append("cpu_seed")
     if not os.environ.get("NITSUM_ENGINE_ID"):
         return
-    from . import awake_log, exact_resume, governor
+    from . import awake_log, exact_resume, governor, step_times
 
     exact_resume.register()
     awake_log.register()
     governor.register()
-    _loaded.extend(("exact_resume", "awake_log", "governor"))
+    step_times.register()
+    _loaded.extend(("exact_resume", "awake_log", "governor", "step_times"))
     if os.environ.get("NITSUM_WEIGHT_STORE") == "1":
         importlib.import_module("nitsum_sglang.weights.transport").register()
         _loaded.append("weights")

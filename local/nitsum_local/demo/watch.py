@@ -67,7 +67,12 @@ async def create_pool(api: Any, namespace: str, manifest: dict[str, Any]) -> Non
     await asyncio.to_thread(custom.create_namespaced_custom_object, GROUP, VERSION, namespace, POOLS, manifest, _request_timeout=10)
 
 
+async def change_pool(api: Any, namespace: str, name: str, spec: dict[str, Any]) -> None:
+    """A merge patch of the spec. Raises ApiException."""
+    custom, patch = client.CustomObjectsApi(api), {"spec": spec}
+    await asyncio.to_thread(custom.patch_namespaced_custom_object, GROUP, VERSION, namespace, POOLS, name, patch, _request_timeout=10)
+
+
 async def set_mode(api: Any, namespace: str, name: str, mode: AdaptationMode) -> None:
     """Frozen: no layout changes any more; routing and repair go on."""
-    custom, patch = client.CustomObjectsApi(api), {"spec": {"adaptation": {"mode": str(mode)}}}
-    await asyncio.to_thread(custom.patch_namespaced_custom_object, GROUP, VERSION, namespace, POOLS, name, patch, _request_timeout=10)
+    await change_pool(api, namespace, name, {"adaptation": {"mode": str(mode)}})

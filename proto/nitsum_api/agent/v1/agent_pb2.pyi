@@ -431,6 +431,8 @@ Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
 
 @_typing.final
 class StepTiming(_message.Message):
+    """Steps that were alike, in the last second or so in which the engine worked. Means."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PHASE_FIELD_NUMBER: _builtins.int
@@ -438,12 +440,17 @@ class StepTiming(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     MEAN_MS_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
     phase: _builtins.str
     """"prefill", "decode" or "mixed"."""
     batch: _builtins.int
+    """Requests that decoded."""
     tokens: _builtins.int
+    """Prefill tokens."""
     mean_ms: _builtins.float
     count: _builtins.int
+    context: _builtins.int
+    """Tokens that a decoding request had behind it; of pure prefill, what its prompts had cached."""
     def __init__(
         self,
         *,
@@ -452,10 +459,11 @@ class StepTiming(_message.Message):
         tokens: _builtins.int = ...,
         mean_ms: _builtins.float = ...,
         count: _builtins.int = ...,
+        context: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "count", b"count", "mean_ms", b"mean_ms", "phase", b"phase", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "context", b"context", "count", b"count", "mean_ms", b"mean_ms", "phase", b"phase", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -498,7 +506,10 @@ class GroupReport(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     OUTCOMES_FIELD_NUMBER: _builtins.int
+    STEPS_SERIAL_FIELD_NUMBER: _builtins.int
     state: _types_pb2.GroupState.ValueType
+    steps_serial: _builtins.int
+    """Grows with each new set of steps; the same again is the same measurement."""
     @_builtins.property
     def group(self) -> _types_pb2.Group: ...
     @_builtins.property
@@ -515,10 +526,11 @@ class GroupReport(_message.Message):
         load: _types_pb2.GroupLoad | None = ...,
         steps: _abc.Iterable[Global___StepTiming] | None = ...,
         outcomes: _abc.Iterable[Global___TierOutcome] | None = ...,
+        steps_serial: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "load", b"load", "outcomes", b"outcomes", "state", b"state", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "load", b"load", "outcomes", b"outcomes", "state", b"state", "steps", b"steps", "steps_serial", b"steps_serial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
