@@ -8,6 +8,7 @@ confidence: else the planner would flee from every TP that it has measured to th
 """
 
 import copy
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -78,6 +79,8 @@ class Bounds:
 PRIOR_SIGMA = 0.5
 """Of the factor; and of the offset, in smallest steps."""
 PULL_SIGMAS = 2.0
+CONFIDENCE_STEP = 0.1
+"""By which two models differ clearly."""
 NOISE_MIN, NOISE_FIRST, NOISE_MAX = 0.02, 0.1, 0.3
 
 
@@ -179,8 +182,10 @@ class Corrected:
         return taken
 
     def far_from(self, other: "Corrected", part: float) -> bool:
-        """Whether the two differ by more than this part of some step's time, at the smallest step or at a large one, of what is learned."""
-        for tp, phase in self._lines:
+        """Whether the two differ by more than this part of some step's time, small or large, or clearly in how sure they are."""
+        if abs(self.overall - other.overall) > CONFIDENCE_STEP:
+            return True
+        for tp, phase in itertools.product(self.tp_sizes, {p for _, p in self._lines}):
             (a, b), (c, d) = self._line_of(tp, phase), other._line_of(tp, phase)
             small = (b - d) / self._step(tp, phase)
             if max(abs(a - c), abs(a - c + small)) > part * max(c, self.bounds.factor_min):

@@ -147,9 +147,10 @@ def _limits(
     if loosest:
         along += q.background
     kv_tokens = snapshot.step_times[q.pool.name].kv_capacity_tokens(tp_size, q.tps)
-    k = serving.kind(tp_size, tiers)
+    meant = tuple(t for t in tiers if t not in serving.sheltered) or tiers  # who is only taken in has no say in the limits
+    k = serving.kind(tp_size, meant)
     kind = serving.asked.kinds[k] if k is not None else None
-    flows = {t: serving.answer.flows.get((k, t), 0.0) for t in tiers} if k is not None else {}
+    flows = {t: serving.answer.flows.get((k, t), 0.0) for t in meant} if k is not None else {}
     total = sum(flows.values())
     own = [t for t in tiers if t in flows and t not in serving.sheltered]
     shares = tuple(TierShare(t, max(round(flows[t] / total, 3), SHARE_MIN) if total > 0 else round(1 / len(own), 3)) for t in own)
