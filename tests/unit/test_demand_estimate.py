@@ -37,10 +37,12 @@ def test_a_change_is_followed_within_two_half_lives() -> None:
 def test_a_frozen_tier_stays_as_it_was() -> None:
     e = DemandEstimator(10)
     feed(e, 4, 60)
+    e.observe(Window("p", "u", 60.0, 1.0, 3))
     e.freeze("p", 60.0, ["t"])
     feed(e, 100, 5, 60)
     assert e.estimate(65.0)[0].rate == pytest.approx(4)
     assert e.estimate(65.0)[0].frozen
+    assert [d.frozen for d in e.estimate(65.0)] == [True, False], "only the tier that flips"
     e.freeze("p", 65.0, ())
     assert e.estimate(65.0)[0].rate > 10
 

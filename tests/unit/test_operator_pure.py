@@ -391,6 +391,40 @@ def test_figures_and_what_follows_from_them_are_no_reason_to_write_at_once() -> 
     assert without_figures(first) == without_figures(second)
 
 
+def test_status_says_who_serves_whom_what_is_held_and_what_would_help() -> None:
+    whole = agent_of(link("n1", "n1", "g0", "g1"))
+    first = shown(whole).dump()
+    assert first["plan"]["serving"] == "2xTP1 t"
+    tier = TierOutlook("t", 4.0, 2.0, False, "TTFT at TP 1")
+    held = PoolPlan("a/p", 2, 2.0, (tier,), ("r",), ("2xTP1: less",), held="a flip is running", remedies=("t: 3 GPUs in all would hold t",))
+    second = shown(whole, plan=held, before=first)
+    plan = second.dump()["plan"]
+    assert (plan["held"], plan["remedies"], plan["rejected"]) == ("a flip is running", ["t: 3 GPUs in all would hold t"], ["2xTP1: less"])
+    (row,) = second.dump()["tiers"]
+    assert (row["slack"], row["binding"], row["feasible"]) == ("0.5x", "TTFT at TP 1", False)
+    assert next(c.message for c in second.conditions or [] if c.type == "Feasible") == "t: 3 GPUs in all would hold t."
+    long = PoolPlan(
+        "a/p", 2, 2.0, (replace(tier, binding="x" * 500),), ("r" * 999,) * 30, ("j" * 999,) * 30, held="h" * 999, remedies=("w" * 999,) * 30
+    )
+    bounded = shown(whole, plan=long).dump()
+    assert [len(bounded["plan"][k]) for k in ("held", "reasons", "rejected", "remedies")] == [512, 16, 8, 8]
+    assert {len(x) for k in ("reasons", "rejected", "remedies") for x in bounded["plan"][k]} == {512}
+
+
+def test_only_tiers_of_groups_on_nodes_with_a_directive_in_work_flip() -> None:
+    def group(name: str, uuid: str, *tiers: str) -> agent_pb2.GroupReport:
+        wire = types_pb2.Group(group_id=name, engine_id=name, pool=types_pb2.PoolRef(name="a/p"), tp_size=1, gpu_uuids=[uuid])
+        wire.shares.extend(types_pb2.TierShare(tier=t, share=0.5) for t in tiers)
+        return agent_pb2.GroupReport(group=wire, state=types_pb2.GROUP_STATE_OPEN)
+
+    fleet = Fleet()
+    still, busy = link("n1", "n1", "g0", groups=[group("e", "g0", "a", "b")]), link("n2", "n2", "g1", groups=[group("f", "g1", "b")])
+    busy.report.in_progress_operation_id = "x.1"
+    fleet.observe([still, busy], Store())
+    assert fleet.flipping("a/p") == {"b"}
+    assert fleet.flipping("a/q") == frozenset()
+
+
 def test_limits_that_are_sent_anew_do_not_change_the_plan_of_status() -> None:
     whole = agent_of(link("n1", "n1", "g0", "g1"))
     first = shown(whole, operations={"n1": "abc.7", "elsewhere": "fff.1"}).dump()
