@@ -12,10 +12,7 @@ from nitsum import demand_spec
 from nitsum.demand import TierDemand
 from nitsum.errors import InvalidSpec
 from nitsum.planner import NodeView, PlannerSettings, Snapshot
-from nitsum.planner.capacity import Capacity
-from nitsum.planner.question import ask
-from nitsum.planner.remedy import remedies
-from nitsum.planner.slow import SlowPlane
+from nitsum.planner.planes import Planes
 from nitsum.pool import Pool
 from nitsum.sim import arrivals, hardware, workload
 from nitsum.sim.demand import Foresight
@@ -58,7 +55,7 @@ def command(
     asked = read_demand(demand_path, workload_path, pool, context)
     settings = PlannerSettings(headroom_quantile=headroom)
     taken = Snapshot((pool,), nodes, asked, {pool.name: times}, {pool.name: times}, settings)
-    plan = SlowPlane()(taken, 0.0)
+    plan = Planes()(taken, 0.0)  # as the operator runs it
     (found,) = plan.pools
     console = Console()
     shapes: dict[tuple[int, str], int] = {}
@@ -81,7 +78,7 @@ def command(
         for line in lines:
             console.print(f"{label}: {line}", highlight=False)
     infeasible = {t.tier for t in found.tiers if not t.feasible}
-    for line in remedies(ask(pool, taken), taken, Capacity(), infeasible):
+    for line in found.remedies:
         console.print(f"to hold it: {line}", highlight=False)
     console.print("infeasible" if infeasible or not found.gpus else "feasible", highlight=False)
     if infeasible or not found.gpus:
