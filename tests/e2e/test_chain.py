@@ -18,7 +18,7 @@ async def test_streams_survive_what_the_planner_decides(system: System, expected
     began, flipped = time.monotonic(), system.watch.flips
     async with system.client() as client:
         waves = await waves_until(system, client, "agents", expected.stop, 1)
-        waves += await waves_until(system, client, "interactive", expected.stop, 2)
+        waves += await waves_until(system, client, "interactive", expected.stop, 2)  # it may change again once they are over
     assert_equal(waves, expected, system)
     lines = system.stage.awake_lines()
     assert not flips.overlaps(lines, system.died), flips.overlaps(lines, system.died)
@@ -35,7 +35,6 @@ async def test_streams_survive_what_the_planner_decides(system: System, expected
     await system.watch.refresh()
     status = system.watch.status
     assert system.watch.flips >= flipped + 2, status
-    assert status["layout"] == "2xTP2"
     assert status["plan"]["profileOrigin"] == "modelled"
     assert {f["outcome"] for f in status["lastFlips"]} == {"Done"}
     print(f"{len(waves)} waves, {len(gaps)} streams across a flip, gap p50 {statistics.median(gaps):.0f} ms, max {max(gaps):.0f} ms")
