@@ -156,3 +156,17 @@ def test_groups_of_a_tier_with_tpot_get_a_prefill_budget(chat: float, agents: fl
         assert budget >= 64
         kept_up = budget / H100.mixed_ms(g.tp_size, budget, batch, 1100) * 1e3 < 2.5 * g.capacity.prefill_tokens_per_s
         assert kept_up or H100.mixed_ms(g.tp_size, budget, batch, 1100) <= 1.02 * strictest
+
+
+def test_a_group_that_takes_a_tier_in_looks_no_worse_for_it() -> None:
+    """`strict` can be held at no TP, so one group of the others takes it in; that must not make another layout look better."""
+    tiers = (Tier("strict", 500, 1.0), Tier("agents", 1000, 40))
+    planes, pool = Planes(), replace(POOL, tiers=tiers)
+    node = NODE
+    for t in (0.0, 10.0, 20.0):
+        plan = planes(taken(node, t, pool, strict=0.5, agents=400), t)
+        node = applied(plan)
+    served = [{s.tier: s.share for s in g.shares} for g in node.layout.groups]
+    assert sum("strict" in s for s in served) == 1, served
+    assert "gains 0%" in plan.pools[0].reasons[-1]
+    assert not plan.pools[0].rejected

@@ -86,8 +86,9 @@ def _sheltered(q: PoolQuestion, found: list[Placed]) -> list[Placed]:
 
 
 def as_kinds(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float) -> Running:
-    """What runs, with the labels that it would get."""
-    return {p.key: p.tiers for p in serve(q, kinds, placed, gain_min).placed}
+    """What runs, with the labels that it would get; tiers that are only taken in do not count, for they would make a group look worse."""
+    serving = serve(q, kinds, placed, gain_min)
+    return {p.key: tuple(t for t in p.tiers if t not in serving.sheltered) or p.tiers for p in serving.placed}
 
 
 def relabelled(placed: list[Placed], labels: Running) -> list[Placed]:
