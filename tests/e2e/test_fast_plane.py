@@ -53,8 +53,7 @@ async def test_groups_follow_demand_without_a_flip(system: System, expected: Exp
         row = {t["name"]: t for t in now["tiers"]}
         assert row["interactive"]["slack"].endswith("x")
         assert row["interactive"]["binding"]
-        took = [s.times[-1] - began for w in after for s in w.values()]
-        print(f"{before['plan']['serving']} -> {now['plan']['serving']}; {len(took)} streams meanwhile, in {max(took):.0f} s")
+        print(f"{before['plan']['serving']} -> {now['plan']['serving']}; {len(after)} streams meanwhile")
     finally:
         await change_pool(stage.api, "default", "tiny", {k: spec[k] for k in ("tiers", "tensorParallel")})
         await system.until("settled")
