@@ -3,9 +3,11 @@
 import asyncio
 from pathlib import Path
 
+from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
 from nitsum_host.testing.world import World, world
+from nitsum_sglang.port import Timings
 
 Finish, Refused = node_pb2.Finish, node_pb2.Refused
 
@@ -66,3 +68,15 @@ async def test_a_gateway_that_leaves_takes_what_waits_with_it(tmp_path: Path) ->
         w.node.leave(session)
         await w.until(lambda: not w.node.streams)
         assert not w.node.groups["g1-0"].ledger.running
+
+
+async def test_reports_carry_what_the_steps_of_open_groups_take(tmp_path: Path) -> None:
+    async with world(tmp_path) as w:
+        step = agent_pb2.StepTiming(phase="decode", batch=3, context=100, mean_ms=7.5, count=20)
+        w.engine("e1-0").timings = Timings(4, (step,))
+        live = w.node.groups["g1-0"]
+        report = w.node.report(live)
+        assert (list(report.steps), report.steps_serial, report.group.group_id) == ([step], 4, "g1-0")
+        live.state = types_pb2.GROUP_STATE_CLOSING
+        assert not w.node.report(live).steps, "it is ending: what it takes tells nothing"
+        live.state = types_pb2.GROUP_STATE_OPEN
