@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from heapq import merge
 
+from nitsum.layout import Role
+
 HOPS_MAX = 64
 """Submissions of one request, refusals included, since its last token."""
 WAIT_S_MAX = 60.0
@@ -23,6 +25,12 @@ class AdmissionClass(StrEnum):
     FEASIBLE = "Feasible"
     BEST_EFFORT = "BestEffort"
     BACKGROUND = "Background"
+
+
+def suits(role: Role, started: bool) -> bool:
+    """New requests prefill, so they prefer groups that do; those with tokens already (`started`) prefer groups that decode. A wish, not a
+    law: where nothing that suits has room, any group runs a request whole."""
+    return role is Role.MIXED or (role is Role.DECODE) == started
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class GroupView:
     """Requests it can run within SLO; 0: not limited."""
     hint: bool = False
     """Its node does not list it as serving (any more): worth asking only for where it went."""
+    role: Role = Role.MIXED
 
     @property
     def load(self) -> float:
@@ -60,8 +69,44 @@ class Choice:
     admission: AdmissionClass
 
 
-Rank = tuple[bool, bool, float, tuple[str, str]]
-"""Order of groups: those worth a try, those with room, the least loaded, then by key."""
+Rank = tuple[bool, bool, bool, float, tuple[str, str]]
+"""Order of groups: those whose role suits, those worth a try, those with room, the least loaded, then by key."""
+
+
+class _Ordered:
+    """Serving groups in order, for new requests or for those that have started."""
+
+    def __init__(self, started: bool) -> None:
+        self.started = started
+        self.ranks: dict[tuple[str, str], Rank] = {}
+        self.serving: dict[str, list[Rank]] = {}
+        """By tier; of groups meant for all: under the empty name."""
+        self.open: list[Rank] = []
+
+    def add(self, g: GroupView) -> None:
+        rank = self.ranks[g.key] = (not suits(g.role, self.started), g.hint, not g.feasible, g.load, g.key)
+        insort(self.open, rank)
+        for tier in g.tiers or ("",):
+            insort(self.serving.setdefault(tier, []), rank)
+
+    def remove(self, g: GroupView) -> None:
+        if (rank := self.ranks.pop(g.key, None)) is not None:
+            del self.open[bisect_left(self.open, rank)]
+            for tier in g.tiers or ("",):
+                ranks = self.serving[tier]
+                del ranks[bisect_left(ranks, rank)]
+
+    def best(self, tier: str, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[tuple[str, str], ...], bool]:
+        """(at most two groups, whether they are meant for the tier)."""
+        own, common = self.serving.get(tier, []), self.serving.get("", [])
+        ranks: Iterable[Rank] = merge(own, common) if own and common else own or common or self.open
+        found: list[tuple[str, str]] = []
+        late: list[tuple[str, str]] = []
+        for *_, key in ranks:
+            (late if key in avoid else found).append(key)
+            if len(found) == 2:
+                break
+        return (*found, *late)[:2], bool(own or common)
 
 
 class Routes:
@@ -69,10 +114,7 @@ class Routes:
 
     def __init__(self, view: Iterable[GroupView] = ()) -> None:
         self._views: dict[tuple[str, str], GroupView] = {}
-        self._ranks: dict[tuple[str, str], Rank] = {}
-        self._serving: dict[str, list[Rank]] = {}
-        """By tier; of groups meant for all: under the empty name."""
-        self._open: list[Rank] = []
+        self._new, self._started = _Ordered(False), _Ordered(True)
         for g in view:
             self.put(g)
 
@@ -84,65 +126,50 @@ class Routes:
 
     def put(self, g: GroupView) -> None:
         """News of a group, which may be new."""
-        self._leave(g.key)
+        self.remove(g.key)
         self._views[g.key] = g
         if g.serving:
-            rank = self._ranks[g.key] = (g.hint, not g.feasible, g.load, g.key)
-            insort(self._open, rank)
-            for tier in g.tiers or ("",):
-                insort(self._serving.setdefault(tier, []), rank)
+            self._new.add(g)
+            self._started.add(g)
 
     def remove(self, key: tuple[str, str]) -> None:
-        self._leave(key)
-        self._views.pop(key, None)
+        if (g := self._views.pop(key, None)) is not None:
+            self._new.remove(g)
+            self._started.remove(g)
 
     def submitted(self, key: tuple[str, str]) -> None:
         """One more request than the node's last view counts."""
         if (g := self._views.get(key)) is not None:
-            self.put(GroupView(g.key, g.epoch, g.serving, g.tiers, g.running + 1, g.queued, g.capacity, g.hint))
+            self.put(GroupView(g.key, g.epoch, g.serving, g.tiers, g.running + 1, g.queued, g.capacity, g.hint, g.role))
 
-    def _leave(self, key: tuple[str, str]) -> None:
-        if (rank := self._ranks.pop(key, None)) is not None:
-            del self._open[bisect_left(self._open, rank)]
-            for tier in self._views[key].tiers or ("",):
-                ranks = self._serving[tier]
-                del ranks[bisect_left(ranks, rank)]
-
-    def best(self, tier: str, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[GroupView, ...], bool]:
+    def best(self, tier: str, started: bool, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[GroupView, ...], bool]:
         """(at most two groups, whether they are meant for the tier)."""
-        own, common = self._serving.get(tier, []), self._serving.get("", [])
-        meant = bool(own or common)
-        ranks: Iterable[Rank] = merge(own, common) if own and common else own or common or self._open
-        found: list[Rank] = []
-        late: list[Rank] = []
-        for rank in ranks:
-            (late if rank[3] in avoid else found).append(rank)
-            if len(found) == 2:
-                break
-        return tuple(self._views[rank[3]] for rank in (*found, *late)[:2]), meant
+        keys, meant = (self._started if started else self._new).best(tier, avoid)
+        return tuple(self._views[key] for key in keys), meant
 
 
 View = tuple[GroupView, ...] | Routes
 
 
-def decide(tier: str, background: bool, view: View, avoid: frozenset[tuple[str, str]] = frozenset()) -> Choice | None:
-    """Least loaded first, groups meant for the tier before others, those that just refused it last. None: nothing serves."""
+def decide(
+    tier: str, background: bool, view: View, avoid: frozenset[tuple[str, str]] = frozenset(), started: bool = False
+) -> Choice | None:
+    """Least loaded first, groups meant for the tier before others, of those the ones whose role `suits`; those that just refused it last.
+    None: nothing serves."""
     if isinstance(view, Routes):
-        groups, fits_tier = view.best(tier, avoid)
-        if not groups:
-            return None
-        admission = AdmissionClass.FEASIBLE if fits_tier and groups[0].feasible else AdmissionClass.BEST_EFFORT
-        return Choice(groups, AdmissionClass.BACKGROUND if background else admission)
-    open_groups = [g for g in view if g.serving]
-    if not open_groups:
+        groups, meant = view.best(tier, started, avoid)
+    else:
+        open_groups = [g for g in view if g.serving]
+        pool = [g for g in open_groups if not g.tiers or tier in g.tiers]
+        meant = bool(pool)
+        ordered = sorted(
+            pool or open_groups, key=lambda g: (g.key in avoid, not suits(g.role, started), g.hint, not g.feasible, g.load, g.key)
+        )
+        groups = tuple(ordered[:2])
+    if not groups:
         return None
-    meant = [g for g in open_groups if not g.tiers or tier in g.tiers]
-    pool = meant or open_groups
-    ordered = sorted(pool, key=lambda g: (g.key in avoid, g.hint, not g.feasible, g.load, g.key))
-    if background:
-        return Choice(tuple(ordered[:2]), AdmissionClass.BACKGROUND)
-    feasible = bool(meant) and ordered[0].feasible
-    return Choice(tuple(ordered[:2]), AdmissionClass.FEASIBLE if feasible else AdmissionClass.BEST_EFFORT)
+    admission = AdmissionClass.FEASIBLE if meant and groups[0].feasible else AdmissionClass.BEST_EFFORT
+    return Choice(groups, AdmissionClass.BACKGROUND if background else admission)
 
 
 # What happened to a stream
@@ -322,11 +349,10 @@ class Stream:
             self.waiting_since = None
         if self.hop - self.last_hop >= HOPS_MAX:
             return self._fail(503, f"no group kept this request after {HOPS_MAX} tries")
-        choice = decide(self.tier, self.background, view, frozenset(self.avoid))
+        choice = decide(self.tier, self.background, view, frozenset(self.avoid), self.delivered > 0)
         admission = choice.admission if choice else AdmissionClass.BACKGROUND if self.background else AdmissionClass.BEST_EFFORT
         if successors:  # the node knows better than our view, which is a second old
-            loads = {g.key: g.load for g in view}
-            key, epoch = min(successors, key=lambda s: (s[0] in self.avoid, loads.get(s[0], 0.0), s[0]))
+            key, epoch = min(successors, key=lambda s: (s[0] in self.avoid, *self._rank(view, s[0]), s[0]))
             return self._submit(key, epoch, admission)
         fresh = [g for g in choice.groups if g.key not in self.avoid] if choice else []
         if fresh:
@@ -340,6 +366,11 @@ class Stream:
         self.avoid.clear()
         self.retries += 1
         return [Retry(min(RETRY_S * 2 ** min(self.retries - 1, 10), RETRY_S_MAX))]
+
+    def _rank(self, view: View, key: tuple[str, str]) -> tuple[bool, float]:
+        """Of a successor; one that we have not heard of is taken for an idle one that suits."""
+        g = view.get(key) if isinstance(view, Routes) else next((g for g in view if g.key == key), None)
+        return (not suits(g.role, self.delivered > 0), g.load) if g else (False, 0.0)
 
     def _submit(self, key: tuple[str, str], epoch: int, admission: AdmissionClass) -> list[Command]:
         self.hop += 1

@@ -52,4 +52,5 @@ class SimGroup:
     def view(self) -> GroupView:
         """As its node would report it now."""
         running, queued = len(self.ledger.running), self.ledger.queued_total + len(self.gathered)
-        return GroupView(self.key, self.epoch, not self.closing, self.tiers, running, queued, self.group.capacity.max_running, self.closing)
+        capacity, role = self.group.capacity.max_running, self.group.role
+        return GroupView(self.key, self.epoch, not self.closing, self.tiers, running, queued, capacity, self.closing, role)
