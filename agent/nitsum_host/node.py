@@ -236,12 +236,9 @@ class Node:
         live = self.groups.get(group_id)
         if live is None or live.group.role is not Role.PREFILL or live.state != State.GROUP_STATE_OPEN or self.draining:
             return []
-        found = [
-            g
-            for g in self.groups.values()
-            if g.group.role is not Role.PREFILL and g.group.pool == live.group.pool and g.state == State.GROUP_STATE_OPEN
-        ]
-        found.sort(key=lambda g: (g.group.role is not Role.DECODE, len(g.ledger.running), g.group.group_id))
+        found = [self.groups[g.group_id] for g in self.layout.hands_over(live.group)]
+        found = [g for g in found if g.state == State.GROUP_STATE_OPEN]
+        found.sort(key=lambda g: (len(g.ledger.running), g.group.group_id))
         return [node_pb2.Successor(group_id=g.group.group_id, epoch=g.wire.epoch) for g in found]
 
     def on_engine_ended(self, engine_id: str, message: str) -> None:

@@ -27,12 +27,6 @@ class AdmissionClass(StrEnum):
     BACKGROUND = "Background"
 
 
-def suits(role: Role, started: bool) -> bool:
-    """New requests prefill, so they prefer groups that do; those with tokens already (`started`) prefer groups that decode. A wish, not a
-    law: where nothing that suits has room, any group runs a request whole."""
-    return role is Role.MIXED or (role is Role.DECODE) == started
-
-
 @dataclass(frozen=True)
 class GroupView:
     """A group as the gateway last heard of it. `key` is unique in the fleet: (agent id, group id)."""
@@ -50,6 +44,7 @@ class GroupView:
     hint: bool = False
     """Its node does not list it as serving (any more): worth asking only for where it went."""
     role: Role = Role.MIXED
+    """New requests go where prompts are prefilled, streams that have a token where decoding is done; elsewhere if none of these has room."""
 
     @property
     def load(self) -> float:
@@ -84,7 +79,9 @@ class _Ordered:
         self.open: list[Rank] = []
 
     def add(self, g: GroupView) -> None:
-        rank = self.ranks[g.key] = (not suits(g.role, self.started), g.hint, not g.feasible, g.load, g.key)
+        if not g.serving:
+            return
+        rank = self.ranks[g.key] = (not g.role.suits(self.started), g.hint, not g.feasible, g.load, g.key)
         insort(self.open, rank)
         for tier in g.tiers or ("",):
             insort(self.serving.setdefault(tier, []), rank)
@@ -114,7 +111,9 @@ class Routes:
 
     def __init__(self, view: Iterable[GroupView] = ()) -> None:
         self._views: dict[tuple[str, str], GroupView] = {}
-        self._new, self._started = _Ordered(False), _Ordered(True)
+        self._new = _Ordered(False)
+        self._started: _Ordered | None = None
+        """None while every group is Mixed: then the order is one."""
         for g in view:
             self.put(g)
 
@@ -128,14 +127,19 @@ class Routes:
         """News of a group, which may be new."""
         self.remove(g.key)
         self._views[g.key] = g
-        if g.serving:
-            self._new.add(g)
+        if self._started is None and g.role is not Role.MIXED:
+            self._started = _Ordered(True)
+            for other in self._views.values():
+                self._started.add(other)
+        elif self._started is not None:
             self._started.add(g)
+        self._new.add(g)
 
     def remove(self, key: tuple[str, str]) -> None:
         if (g := self._views.pop(key, None)) is not None:
             self._new.remove(g)
-            self._started.remove(g)
+            if self._started is not None:
+                self._started.remove(g)
 
     def submitted(self, key: tuple[str, str]) -> None:
         """One more request than the node's last view counts."""
@@ -144,7 +148,7 @@ class Routes:
 
     def best(self, tier: str, started: bool, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[GroupView, ...], bool]:
         """(at most two groups, whether they are meant for the tier)."""
-        keys, meant = (self._started if started else self._new).best(tier, avoid)
+        keys, meant = (self._started if started and self._started is not None else self._new).best(tier, avoid)
         return tuple(self._views[key] for key in keys), meant
 
 
@@ -154,7 +158,7 @@ View = tuple[GroupView, ...] | Routes
 def decide(
     tier: str, background: bool, view: View, avoid: frozenset[tuple[str, str]] = frozenset(), started: bool = False
 ) -> Choice | None:
-    """Least loaded first, groups meant for the tier before others, of those the ones whose role `suits`; those that just refused it last.
+    """Least loaded first, groups meant for the tier before others, of those the ones whose role suits; those that just refused it last.
     None: nothing serves."""
     if isinstance(view, Routes):
         groups, meant = view.best(tier, started, avoid)
@@ -163,7 +167,7 @@ def decide(
         pool = [g for g in open_groups if not g.tiers or tier in g.tiers]
         meant = bool(pool)
         ordered = sorted(
-            pool or open_groups, key=lambda g: (g.key in avoid, not suits(g.role, started), g.hint, not g.feasible, g.load, g.key)
+            pool or open_groups, key=lambda g: (g.key in avoid, not g.role.suits(started), g.hint, not g.feasible, g.load, g.key)
         )
         groups = tuple(ordered[:2])
     if not groups:
@@ -370,7 +374,7 @@ class Stream:
     def _rank(self, view: View, key: tuple[str, str]) -> tuple[bool, float]:
         """Of a successor; one that we have not heard of is taken for an idle one that suits."""
         g = view.get(key) if isinstance(view, Routes) else next((g for g in view if g.key == key), None)
-        return (not suits(g.role, self.delivered > 0), g.load) if g else (False, 0.0)
+        return (not g.role.suits(self.delivered > 0), g.load) if g else (False, 0.0)
 
     def _submit(self, key: tuple[str, str], epoch: int, admission: AdmissionClass) -> list[Command]:
         self.hop += 1
