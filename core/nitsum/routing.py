@@ -8,7 +8,6 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from heapq import merge
 
 from nitsum.layout import Role
 
@@ -44,7 +43,7 @@ class GroupView:
     hint: bool = False
     """Its node does not list it as serving (any more): worth asking only for where it went."""
     role: Role = Role.MIXED
-    """New requests go where prompts are prefilled, streams that have a token where decoding is done; elsewhere if none of these has room."""
+    """New requests go where prompts are prefilled, streams that have a token where decoding is done; elsewhere if these are full."""
 
     @property
     def load(self) -> float:
@@ -64,46 +63,63 @@ class Choice:
     admission: AdmissionClass
 
 
-Rank = tuple[bool, bool, bool, float, tuple[str, str]]
+Key = tuple[str, str]
+Rank = tuple[bool, bool, bool, float, Key]
 """Order of groups: those whose role suits, those worth a try, those with room, the least loaded, then by key."""
 
 
 class _Ordered:
-    """Serving groups in order, for new requests or for those that have started."""
+    """Serving groups in order, for new requests or for those that have started. One list for each set of tiers that groups are meant for:
+    there are few of these, and so a group stands in one list only."""
 
     def __init__(self, started: bool) -> None:
         self.started = started
-        self.ranks: dict[tuple[str, str], Rank] = {}
-        self.serving: dict[str, list[Rank]] = {}
-        """By tier; of groups meant for all: under the empty name."""
-        self.open: list[Rank] = []
+        self.ranks: dict[Key, tuple[Rank, list[Rank]]] = {}
+        self.lists: dict[frozenset[str], list[Rank]] = {}
+        self.meant: dict[str, list[list[Rank]]] = {}
+        """By tier: lists of groups meant for it."""
 
-    def add(self, g: GroupView) -> None:
+    def put(self, g: GroupView) -> None:
         if not g.serving:
-            return
-        rank = self.ranks[g.key] = (not g.role.suits(self.started), g.hint, not g.feasible, g.load, g.key)
-        insort(self.open, rank)
-        for tier in g.tiers or ("",):
-            insort(self.serving.setdefault(tier, []), rank)
+            return self.remove(g.key)
+        rank = (not g.role.suits(self.started), g.hint, not g.feasible, g.load, g.key)
+        ranks = self.lists.get(g.tiers)
+        if ranks is None:
+            ranks = self.lists[g.tiers] = []
+            self.meant = {}
+        was = self.ranks.get(g.key)
+        if was is not None:
+            if was[1] is ranks and was[0] == rank:
+                return
+            del was[1][bisect_left(was[1], was[0])]
+        self.ranks[g.key] = rank, ranks
+        insort(ranks, rank)
 
-    def remove(self, g: GroupView) -> None:
-        if (rank := self.ranks.pop(g.key, None)) is not None:
-            del self.open[bisect_left(self.open, rank)]
-            for tier in g.tiers or ("",):
-                ranks = self.serving[tier]
-                del ranks[bisect_left(ranks, rank)]
+    def remove(self, key: Key) -> None:
+        if (was := self.ranks.pop(key, None)) is not None:
+            del was[1][bisect_left(was[1], was[0])]
 
-    def best(self, tier: str, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[tuple[str, str], ...], bool]:
+    def best(self, tier: str, avoid: frozenset[Key]) -> tuple[list[Key], bool]:
         """(at most two groups, whether they are meant for the tier)."""
-        own, common = self.serving.get(tier, []), self.serving.get("", [])
-        ranks: Iterable[Rank] = merge(own, common) if own and common else own or common or self.open
-        found: list[tuple[str, str]] = []
-        late: list[tuple[str, str]] = []
-        for *_, key in ranks:
-            (late if key in avoid else found).append(key)
-            if len(found) == 2:
-                break
-        return (*found, *late)[:2], bool(own or common)
+        if (lists := self.meant.get(tier)) is None:
+            lists = self.meant[tier] = [ranks for tiers, ranks in self.lists.items() if not tiers or tier in tiers]
+        meant = any(lists)
+        found: list[Rank] = []
+        late: list[Rank] = []
+        for ranks in lists if meant else self.lists.values():
+            left = 2
+            for rank in ranks:
+                if rank[4] in avoid:
+                    late.append(rank)
+                    continue
+                found.append(rank)
+                left -= 1
+                if not left:
+                    break
+        found.sort()
+        if len(found) < 2:  # then every list was walked to its end
+            found += sorted(late)
+        return [rank[4] for rank in found[:2]], meant
 
 
 class Routes:
@@ -125,21 +141,20 @@ class Routes:
 
     def put(self, g: GroupView) -> None:
         """News of a group, which may be new."""
-        self.remove(g.key)
         self._views[g.key] = g
-        if self._started is None and g.role is not Role.MIXED:
+        self._new.put(g)
+        if self._started is not None:
+            self._started.put(g)
+        elif g.role is not Role.MIXED:
             self._started = _Ordered(True)
             for other in self._views.values():
-                self._started.add(other)
-        elif self._started is not None:
-            self._started.add(g)
-        self._new.add(g)
+                self._started.put(other)
 
-    def remove(self, key: tuple[str, str]) -> None:
-        if (g := self._views.pop(key, None)) is not None:
-            self._new.remove(g)
+    def remove(self, key: Key) -> None:
+        if self._views.pop(key, None) is not None:
+            self._new.remove(key)
             if self._started is not None:
-                self._started.remove(g)
+                self._started.remove(key)
 
     def submitted(self, key: tuple[str, str]) -> None:
         """One more request than the node's last view counts."""
