@@ -49,11 +49,14 @@ class NodeLine:
         self.sent: dict[str, int] = {}
         """Submissions since the last view, by group: it does not count them yet."""
         self.outbox: asyncio.Queue[node_pb2.AttachRequest] | None = None
+        self.changes = 0
+        """Counts what `groups` may show anew, what was sent apart."""
         self.problem = "not connected yet"
         self.apply(route)
         self.task = asyncio.create_task(self._run())
 
     def apply(self, route: gateway_pb2.NodeRoute) -> None:
+        self.changes += 1
         self.routed = {g.group_id: g for g in route.groups if g.pool.name == self.hello.pool.name}
 
     def learn(self, successors: list[node_pb2.Successor]) -> None:
@@ -62,6 +65,7 @@ class NodeLine:
             self.learned[s.group_id] = s.epoch
         while len(self.learned) > LEARNED_MAX:
             self.learned.pop(next(iter(self.learned)))
+        self.changes += 1
 
     def send(self, frame: node_pb2.AttachRequest) -> bool:
         """False: the line is down."""
@@ -120,6 +124,7 @@ class NodeLine:
 
     def _down(self) -> None:
         self.outbox, self.view, self.sent = None, {}, {}
+        self.changes += 1
         self.on_break(self)
 
     async def _attach(self, channel: grpc.aio.Channel) -> bool:
@@ -146,9 +151,11 @@ class NodeLine:
                         self.problem = f"speaks contract {frame.welcome.contract_version}, this gateway {CONTRACT_VERSION}"
                         return False
                     self.outbox, self.problem = outbox, ""
+                    self.changes += 1
                 elif what == "view":
                     self.view, self.sent = {g.group_id: g for g in frame.view.groups}, {}
                     self.outbox = self.outbox or outbox
+                    self.changes += 1
                 elif what is not None:
                     self.on_frame(self, frame)
             status = await call.code()
