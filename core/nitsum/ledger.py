@@ -51,8 +51,58 @@ class Full:
 
 Answer = Admitted | Queued | Full
 
+
 QUEUED_MAX = 1024
 RETRY_AFTER_MS = (100, 30_000)
+
+
+class Onward:
+    """Groups of a node that take in what its prefill groups hand over, by their ledgers.
+
+    What prefills is promised a place in one of them; what would find none waits before its prefill, where its class and its turn still
+    count. The prefill ledgers share this; it has one owner, as all of a node.
+    """
+
+    def __init__(self, ledgers: "tuple[Ledger, ...]") -> None:
+        self.ledgers = ledgers
+        self._promised: list[dict[str, int]] = [{} for _ in ledgers]
+        """KV tokens by request, for each ledger."""
+        self._kv_tokens = [0] * len(ledgers)
+
+    def _full(self, i: int, entry: "Entry") -> bool:
+        o, promised = self.ledgers[i], self._promised[i]
+        there = len(o.running) + o.queued_total + len(promised)
+        if not there:
+            return False  # however long it is: it runs alone
+        beyond = o.kv_tokens_max and o.kv_tokens + self._kv_tokens[i] + entry.kv_tokens > o.kv_tokens_max
+        return bool(beyond or (o.running_max and there >= o.running_max))
+
+    def _load(self, i: int) -> tuple[float, int, int]:
+        o = self.ledgers[i]
+        there = len(o.running) + o.queued_total + len(self._promised[i])
+        return there / (o.running_max or QUEUED_MAX), o.kv_tokens + self._kv_tokens[i], i
+
+    def room(self, entry: "Entry") -> bool:
+        return not all(self._full(i, entry) for i in range(len(self.ledgers)))
+
+    def promise(self, entry: "Entry") -> None:
+        """The least loaded with room; of none: the least loaded."""
+        i = min(range(len(self.ledgers)), key=lambda i: (self._full(i, entry), self._load(i)))
+        self._promised[i][entry.rid] = entry.kv_tokens
+        self._kv_tokens[i] += entry.kv_tokens
+
+    def place(self, rid: str) -> int | None:
+        """Index of the ledger where a request has a place."""
+        return next((i for i, promised in enumerate(self._promised) if rid in promised), None)
+
+    def release(self, rid: str) -> None:
+        if (i := self.place(rid)) is not None:
+            self._kv_tokens[i] -= self._promised[i].pop(rid)
+
+    @property
+    def promised(self) -> tuple[tuple[int, int], ...]:
+        """(requests, KV tokens) by ledger."""
+        return tuple((len(p), n) for p, n in zip(self._promised, self._kv_tokens, strict=True))
 
 
 class Ledger:
@@ -67,6 +117,16 @@ class Ledger:
         self._finish_gap_s = 1.0
         """Smoothed time between two finishes: the pace at which the queue drains."""
         self._finished_at: float | None = None
+        self.onward: Onward | None = None
+
+    def hand_over_to(self, onward: Onward | None) -> None:
+        """From now on; what runs is promised a place there too."""
+        for entry in self.running.values():
+            if self.onward is not None:
+                self.onward.release(entry.rid)
+            if onward is not None:
+                onward.promise(entry)
+        self.onward = onward
 
     def set_capacity(self, capacity: Capacity, shares: tuple[TierShare, ...], kv_tokens_max: int) -> None:
         """What already runs goes on. `kv_tokens_max`: what the engine has; 0: not limited."""
@@ -85,6 +145,11 @@ class Ledger:
         self._kv_tokens += sign * entry.kv_tokens
         self._of_tier[entry.tier] = self._of_tier.get(entry.tier, 0) + sign
         self._suspects += sign * entry.suspect
+        if self.onward is not None:
+            if sign > 0:
+                self.onward.promise(entry)
+            else:
+                self.onward.release(entry.rid)
 
     def _run(self, entry: Entry) -> None:
         self.running[entry.rid] = entry
@@ -100,6 +165,8 @@ class Ledger:
     def _blocked(self, entry: Entry) -> bool:
         """By the group as a whole: nothing behind it may start either."""
         if self.running_max and len(self.running) >= self.running_max and not entry.moved:
+            return True
+        if self.onward is not None and not entry.moved and not self.onward.room(entry):
             return True
         return bool(self.running and self.kv_tokens_max and self._kv_tokens + entry.kv_tokens > self.kv_tokens_max)
 
@@ -142,6 +209,11 @@ class Ledger:
 
     def finish(self, rid: str, now: float) -> list[Entry]:
         """Ends a running or a waiting request; returns those that start in its place."""
+        self.release(rid, now)
+        return self.start()
+
+    def release(self, rid: str, now: float) -> None:
+        """Ends it and starts none yet: what is handed over must have taken the place it was promised, before another is promised one."""
         if (ended := self.running.pop(rid, None)) is not None:
             self._ran(ended, -1)
             if self._finished_at is not None:
@@ -149,7 +221,6 @@ class Ledger:
             self._finished_at = now
         else:
             self._keep(lambda e: e.rid != rid)
-        return self.start()
 
     def _keep(self, stays: Callable[[Entry], bool]) -> None:
         for queue in self._queues:
