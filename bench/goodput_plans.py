@@ -9,8 +9,8 @@ from nitsum.sim.policies import registry
 
 JUDGED = ("nitsum", "oracle")
 """By whose error more seeds are asked for; all policies of a point then get the same."""
-LOWER, LOWER_TIMES = 0.6, 3
-"""Loads below the grid for a policy that does not even hold the lowest: each so much of the one before, at most so many."""
+LOWER = 0.6
+"""Loads below the grid for a policy that does not even hold the lowest: each so much of the one before."""
 FLIPS = ("nitsum@free", "nitsum@copy", "nitsum", "nitsum@1s", "nitsum@5s", "nitsum@15s", "nitsum@30s", "nitsum@60s")
 
 
@@ -28,8 +28,8 @@ class Plan:
     """Least and most."""
     error: float = 0.01
     """Standard error of the mean attainment at which no more seeds are asked for."""
-    held: bool = True
-    """Whether to look for the highest load that each policy holds."""
+    lower_max: int = 3
+    """Loads below the grid at which to look for the highest that a policy holds."""
 
     def points(self, mix: str) -> tuple[Point, ...]:
         return tuple(Point(self.model, self.gpus, mix, load, self.duration_s) for load in self.loads)
@@ -40,10 +40,8 @@ class Plan:
     def lower(self, mix: str, name: str, store: Store) -> tuple[Point, ...]:
         """Loads below the grid that this policy was tried at, or should be next."""
         found: list[Point] = []
-        if not self.held:
-            return ()
         load = min(self.loads)
-        for _ in range(LOWER_TIMES):
+        for _ in range(self.lower_max):
             last = Point(self.model, self.gpus, mix, load, self.duration_s)
             if not any(store.seeds(last, name)) or store.mean(last, name, "attainment") >= 0.99:
                 break
@@ -83,7 +81,7 @@ def plans(quick: bool) -> tuple[tuple[Plan, ...], Plan, Plan]:
     """(the tables, break-even, the ladder)."""
     mixes, grid = tuple(MIXES), (0.5, 0.7, 0.85, 1.0, 1.2, 1.45)
     if quick:
-        tables: tuple[Plan, ...] = (Plan("8 H100", "Llama-3.1-8B", 8, mixes[:4], (0.7, 1.0), FEW, 60.0, held=True),)
+        tables: tuple[Plan, ...] = (Plan("8 H100", "Llama-3.1-8B", 8, mixes[:4], (0.7, 1.0), FEW, 60.0, lower_max=1),)
         seeds, duration_s, flips = (1, 1), 60.0, "nitsum@free,nitsum,nitsum@5s,nitsum@60s,static-partition"
     else:
         tables = tuple(Plan("8 H100", model, 8, mixes, grid, EVERY, 300.0, (2, 4)) for model in ("Llama-3.1-8B", "Qwen3-32B"))
@@ -91,7 +89,7 @@ def plans(quick: bool) -> tuple[tuple[Plan, ...], Plan, Plan]:
         tables += tuple(Plan("64 H100", model, 64, mixes[:4], (0.7, 1.0, 1.2), few[model], 90.0) for model in few)
         seeds, duration_s, flips = (2, 4), 300.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
     even = Plan(
-        "Break-even", "Llama-3.1-8B", 8, ("chat+agents", "all four")[: 1 if quick else 2], (1.0,), flips, duration_s, seeds, held=False
+        "Break-even", "Llama-3.1-8B", 8, ("chat+agents", "all four")[: 1 if quick else 2], (1.0,), flips, duration_s, seeds, lower_max=0
     )
-    ladder = Plan("The ladder", "Qwen3-14B", 8, ("chat+long",) if quick else mixes, (1.0,), LADDER, duration_s, seeds, held=False)
+    ladder = Plan("The ladder", "Qwen3-14B", 8, ("chat+long",) if quick else mixes, (1.0,), LADDER, duration_s, seeds, lower_max=0)
     return tables, even, ladder
