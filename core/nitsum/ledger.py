@@ -65,44 +65,38 @@ class Onward:
 
     def __init__(self, ledgers: "tuple[Ledger, ...]") -> None:
         self.ledgers = ledgers
-        self._promised: list[dict[str, int]] = [{} for _ in ledgers]
-        """KV tokens by request, for each ledger."""
-        self._kv_tokens = [0] * len(ledgers)
+        self._promised: dict[str, tuple[int, int]] = {}
+        """By request: which ledger, KV tokens."""
 
-    def _full(self, i: int, entry: "Entry") -> bool:
-        o, promised = self.ledgers[i], self._promised[i]
-        there = len(o.running) + o.queued_total + len(promised)
+    def _full(self, i: int, entry: Entry) -> bool:
+        o = self.ledgers[i]
+        there = len(o.running) + o.queued_total + o.reserved
         if not there:
             return False  # however long it is: it runs alone
-        beyond = o.kv_tokens_max and o.kv_tokens + self._kv_tokens[i] + entry.kv_tokens > o.kv_tokens_max
+        beyond = o.kv_tokens_max and o.kv_tokens + o.reserved_kv_tokens + entry.kv_tokens > o.kv_tokens_max
         return bool(beyond or (o.running_max and there >= o.running_max))
 
     def _load(self, i: int) -> tuple[float, int, int]:
         o = self.ledgers[i]
-        there = len(o.running) + o.queued_total + len(self._promised[i])
-        return there / (o.running_max or QUEUED_MAX), o.kv_tokens + self._kv_tokens[i], i
+        there = len(o.running) + o.queued_total + o.reserved
+        return there / (o.running_max or QUEUED_MAX), o.kv_tokens + o.reserved_kv_tokens, i
 
-    def room(self, entry: "Entry") -> bool:
+    def room(self, entry: Entry) -> bool:
         return not all(self._full(i, entry) for i in range(len(self.ledgers)))
 
-    def promise(self, entry: "Entry") -> None:
+    def promise(self, entry: Entry) -> None:
         """The least loaded with room; of none: the least loaded."""
         i = min(range(len(self.ledgers)), key=lambda i: (self._full(i, entry), self._load(i)))
-        self._promised[i][entry.rid] = entry.kv_tokens
-        self._kv_tokens[i] += entry.kv_tokens
+        self._promised[entry.rid] = i, entry.kv_tokens
+        self.ledgers[i].reserve(1, entry.kv_tokens)
 
     def place(self, rid: str) -> int | None:
         """Index of the ledger where a request has a place."""
-        return next((i for i, promised in enumerate(self._promised) if rid in promised), None)
+        return self._promised[rid][0] if rid in self._promised else None
 
     def release(self, rid: str) -> None:
-        if (i := self.place(rid)) is not None:
-            self._kv_tokens[i] -= self._promised[i].pop(rid)
-
-    @property
-    def promised(self) -> tuple[tuple[int, int], ...]:
-        """(requests, KV tokens) by ledger."""
-        return tuple((len(p), n) for p, n in zip(self._promised, self._kv_tokens, strict=True))
+        if (promised := self._promised.pop(rid, None)) is not None:
+            self.ledgers[promised[0]].reserve(-1, -promised[1])
 
 
 class Ledger:
@@ -118,6 +112,12 @@ class Ledger:
         """Smoothed time between two finishes: the pace at which the queue drains."""
         self._finished_at: float | None = None
         self.onward: Onward | None = None
+        self.reserved = self.reserved_kv_tokens = 0
+        """For what others will hand over."""
+
+    def reserve(self, requests: int, kv_tokens: int) -> None:
+        self.reserved += requests
+        self.reserved_kv_tokens += kv_tokens
 
     def hand_over_to(self, onward: Onward | None) -> None:
         """From now on; what runs is promised a place there too."""
@@ -164,11 +164,13 @@ class Ledger:
 
     def _blocked(self, entry: Entry) -> bool:
         """By the group as a whole: nothing behind it may start either."""
-        if self.running_max and len(self.running) >= self.running_max and not entry.moved:
+        kept, kv_tokens = (0, 0) if entry.moved else (self.reserved, self.reserved_kv_tokens)
+        if self.running_max and len(self.running) + kept >= self.running_max and not entry.moved:
             return True
         if self.onward is not None and not entry.moved and not self.onward.room(entry):
             return True
-        return bool(self.running and self.kv_tokens_max and self._kv_tokens + entry.kv_tokens > self.kv_tokens_max)
+        beyond = self.kv_tokens_max and self._kv_tokens + kv_tokens + entry.kv_tokens > self.kv_tokens_max
+        return bool(beyond and (self.running or kept))
 
     def _held(self, entry: Entry) -> bool:
         """By a cap of its own kind: others may pass it."""
