@@ -85,11 +85,7 @@ class Layout:
     def group(self, group_id: str) -> Group | None:
         return next((g for g in self.groups if g.group_id == group_id), None)
 
-    def successors(self, ended: Group, started: bool = True) -> tuple[Group, ...]:
-        """Groups of this layout that serve the ended group's pool, those on its own GPUs first; of a role that suits, if there is one.
-
-        `started`: for a stream that has a token.
-        """
-        every = [g for g in self.groups if g.pool == ended.pool]
-        same = [g for g in every if g.role.suits(started)] or every
+    def successors(self, ended: Group) -> tuple[Group, ...]:
+        """Groups of this layout that serve the ended group's pool, those on its own GPUs first."""
+        same = [g for g in self.groups if g.pool == ended.pool]
         return tuple(sorted(same, key=lambda g: (not set(g.gpu_uuids) & set(ended.gpu_uuids), g.group_id)))

@@ -182,7 +182,7 @@ class Fleet:
         g = node.groups.get(c.group[1])
         if g is None:
             closed = node.ending.get(c.group[1])
-            return self._feed(live, routing.Moved(c.hop, self._successors(node, closed.group if closed else None, live)))
+            return self._feed(live, routing.Moved(c.hop, self._successors(node, closed.group if closed else None)))
         if not g.engine.fits(r.prompt + live.made):
             return self._feed(live, routing.Refused(c.hop, fatal="longer than the KV of this group"))
         left = max(r.max_new - live.made, 1)
@@ -279,7 +279,7 @@ class Fleet:
         g.ledger.release(live.rid, self.now)
         live.group = None
         assert live.stream is not None
-        successors = ((to.key, to.epoch),) if to is not None else self._successors(n, g.group, live)
+        successors = ((to.key, to.epoch),) if to is not None else self._successors(n, g.group)
         self._feed(live, routing.Moved(live.stream.hop, successors))
         self._started(g, g.ledger.start())
         self._news(g)
@@ -442,12 +442,12 @@ class Fleet:
     def _moved(self, n: _Node, g: SimGroup, live: Live) -> None:
         assert live.stream is not None
         live.group = None
-        self._feed(live, routing.Moved(live.stream.hop, self._successors(n, g.group, live)))
+        self._feed(live, routing.Moved(live.stream.hop, self._successors(n, g.group)))
 
-    def _successors(self, n: _Node, ended: Group | None, live: Live) -> tuple[tuple[Key, int], ...]:
+    def _successors(self, n: _Node, ended: Group | None) -> tuple[tuple[Key, int], ...]:
         if ended is None:
             return tuple((g.key, g.epoch) for _, g in sorted(n.groups.items()))
-        return tuple((n.groups[g.group_id].key, n.groups[g.group_id].epoch) for g in n.layout.successors(ended, live.made > 0))
+        return tuple((n.groups[g.group_id].key, n.groups[g.group_id].epoch) for g in n.layout.successors(ended))
 
     def _opened(self, n: _Node) -> None:
         n.wanted, n.flipped_at = None, self.now
