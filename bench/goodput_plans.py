@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from goodput_cells import Point, Store, Unit
 from goodput_mixes import MIXES, MODELS, setting
 
+from nitsum.errors import InvalidSpec
 from nitsum.sim.policies import registry
 
 JUDGED = ("nitsum", "oracle")
@@ -12,6 +13,14 @@ JUDGED = ("nitsum", "oracle")
 LOWER = 0.6
 """Loads below the grid for a policy that does not even hold the lowest: each so much of the one before."""
 FLIPS = ("nitsum@free", "nitsum@copy", "nitsum", "nitsum@1s", "nitsum@5s", "nitsum@15s", "nitsum@30s", "nitsum@60s")
+
+
+def _can_be(name: str, s: registry.Setting) -> bool:
+    try:
+        registry.check((name,), s)
+    except InvalidSpec:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,9 @@ class Plan:
         return tuple(Point(self.model, self.gpus, mix, load, self.duration_s) for load in self.loads)
 
     def names(self, mix: str) -> tuple[str, ...]:
-        return registry.expand(self.policies, setting(MODELS[self.model], MIXES[mix], self.gpus)[0])
+        """Less those of `-tpN` that cannot be: a tier of its own for each replica needs as many replicas as tiers."""
+        s = setting(MODELS[self.model], MIXES[mix], self.gpus)[0]
+        return tuple(n for n in registry.expand(self.policies, s) if n in self.policies or _can_be(n, s))
 
     def lower(self, mix: str, name: str, store: Store) -> tuple[Point, ...]:
         """Loads below the grid that this policy was tried at, or should be next."""

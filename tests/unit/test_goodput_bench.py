@@ -43,6 +43,16 @@ def test_a_sweep_goes_on_where_it_was(bench: Any, tmp_path: Path) -> None:
     assert bench.cells.Store(tmp_path, tmp_path).folder != store.folder, "synthetic results are not those of traces"
 
 
+def test_every_policy_of_the_sweep_can_be_built(bench: Any) -> None:
+    tables, even, ladder = bench.plans.plans(False)
+    for plan in (*tables, even, ladder):
+        for mix in plan.mixes:
+            names = plan.names(mix)
+            bench.plans.registry.check(names, bench.plans.setting(bench.plans.MODELS[plan.model], bench.plans.MIXES[mix], plan.gpus)[0])
+    assert "replicas-tp2" in tables[0].names("chat+agents")
+    assert "replicas-tp8" not in tables[0].names("chat+agents")
+
+
 def put(bench: Any, store: Any, plan: Any, policy: str, load: float, values: list[tuple[float, float]]) -> None:
     point = next(p for p in plan.points("chat+agents") if p.load == load)
     for seed, (good, attained) in enumerate(values, 1):
