@@ -1,40 +1,84 @@
-"""How fast the simulator is: requests per second of one core, by policy and fleet. `python bench/simulator.py [--gpus 64]`."""
+"""How fast the simulator is, one core: simulated requests per second of CPU, by policy and fleet, planner in the loop; and a router decision.
+
+`python bench/simulator.py [--gpus 64] [--rate RATE] [--seconds 60] [--policies ...] [--json FILE]`. CPU time, so that other work on the
+machine counts less. Wanted: 5,000 requests/s at 64 GPUs; an hour of 10,000 GPUs at 1,000 requests/s within 30 minutes, for which a shorter
+slice is run and scaled up (start apart from the rest, since it comes once); a decision of the router at 64 groups in 20 us.
+"""
 
 import argparse
+import json
+import platform
 import time
+from pathlib import Path
+from typing import Any
 
 from nitsum.perf.profile import Profile, load_shipped
 from nitsum.pool import Pool, Tier
+from nitsum.routing import GroupView, Routes, decide
 from nitsum.sim import arrivals, hardware, workload
 from nitsum.sim.fleet import Fleet
 from nitsum.sim.policies import registry
 
-TIERS = (Tier("strict", 20_000, 200, weight=2), Tier("loose", 60_000, 400, default=True), Tier("batch"))
+TIERS = (Tier("strict", 500, 20, weight=2), Tier("loose", 2000, 60, default=True), Tier("batch"))
+SHARES = {"strict": 0.3, "loose": 0.6, "batch": 0.1}
+PROFILE = "llama-3.1-8b-instruct.h100_sxm"
+
+
+def router_us(groups: int, turns: int = 20_000) -> float:
+    """One request as a gateway sees it: the choice, and its own count of what it sent."""
+    routes = Routes(GroupView((f"a{i // 8}", f"g{i % 8}"), 1, True, frozenset({f"t{i % 3}"}), i % 7, 0, 40) for i in range(groups))
+    began = time.process_time()
+    for i in range(turns):
+        choice = decide(f"t{i % 3}", False, routes)
+        assert choice is not None
+        routes.submitted(choice.groups[0].key)
+    return (time.process_time() - began) / turns * 1e6
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gpus", type=int, default=64)
-    options.add_argument("--seconds", type=int, default=600)
-    options.add_argument("--policies", default="plain-tp1,static-tp1,resplit-tp1")
-    options.add_argument("--rate-per-gpu", type=float, default=0.4)
+    options.add_argument("--seconds", type=int, default=60)
+    options.add_argument("--rate", type=float, default=0.0, help="requests/s; without: 3 a GPU")
+    options.add_argument("--policies", default="plain-tp1,static-tp1,nitsum")
+    options.add_argument("--json", type=Path, metavar="FILE")
     args = options.parse_args()
-    profile: Profile = load_shipped("tiny-llama.slot")
-    nodes = hardware.fleet(f"{max(args.gpus // 8, 1)}x{min(args.gpus, 8)}:slot", "tiny-llama", profile.tp_sizes)
-    pool = Pool("default/bench", "u", "tiny-llama", TIERS, args.gpus)
-    lengths = {"prompt": {"mean": 200, "cv": 1}, "output": {"mean": 60, "cv": 1}}
-    shares = {"strict": 0.3, "loose": 0.6, "batch": 0.1}
+    profile: Profile = load_shipped(PROFILE)
+    nodes = hardware.fleet(f"{max(args.gpus // 8, 1)}x{min(args.gpus, 8)}:h100_sxm", profile.model, profile.tp_sizes)
+    pool = Pool("default/bench", "u", profile.model, TIERS, args.gpus)
+    lengths = {"prompt": {"mean": 1000, "cv": 1}, "output": {"mean": 200, "cv": 1}}
+    rate = args.rate or 3.0 * args.gpus
     streams = [
-        {"tier": t, "synthetic": {"arrivals": {"gamma": {"cv": 1.5}}, **lengths}, "rate": args.rate_per_gpu * args.gpus * x}
-        for t, x in shares.items()
+        {"tier": t, "synthetic": {"arrivals": {"gamma": {"cv": 1.5}}, **lengths}, "rate": rate * x, "max_tokens": 2048}
+        for t, x in SHARES.items()
     ]
     traffic = arrivals.build(workload.parse({"duration": f"{args.seconds}s", "streams": streams}), lambda path: (), 1)
     setting = registry.Setting(pool, nodes, profile, profile)
+    out: dict[str, Any] = {"python": platform.python_version(), "router_us": {str(n): round(router_us(n), 2) for n in (8, 64, 1024)}}
+    print("router, one decision: " + ", ".join(f"{n} groups {us} us" for n, us in out["router_us"].items()))
     for name in registry.expand(args.policies, setting):
-        fleet, began = Fleet(registry.build(name, setting), nodes, profile, traffic), time.process_time()
-        result = fleet.run()
-        took = time.process_time() - began
-        print(f"{name}: {len(result.outcomes)} requests in {took:.1f} s of one core: {len(result.outcomes) / took:.0f} requests/s")
+        began = time.process_time()
+        fleet = Fleet(registry.build(name, setting), nodes, profile, traffic)
+        first: list[float] = []
+
+        def begun(second: float, first: list[float] = first) -> None:
+            first.append(time.process_time()) if not first else None
+
+        result = fleet.run(begun)
+        ended = time.process_time()
+        start, rest = first[0] - began, ended - first[0]
+        hour_s = start + rest * 3600 / args.seconds
+        found = {
+            "requests": len(result.outcomes),
+            "start_s": round(start, 2),
+            "rest_s": round(rest, 2),
+            "requests_per_s": round(len(result.outcomes) / (ended - began)),
+            "an_hour_s": round(hour_s, 1),
+        }
+        out[f"{name} {args.gpus} GPUs {rate:g} requests/s {args.seconds} s"] = found
+        print(f"{name}: {found}")
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

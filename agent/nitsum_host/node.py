@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nitsum.layout import Group, Layout
+from nitsum.layout import Group, Layout, Role
 from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.node.v1 import node_pb2
@@ -60,6 +60,7 @@ class Stream:
     expires: float
     on_engine: bool = False
     moving: bool = False
+    """It is being aborted so that it goes on elsewhere."""
     tokens: int = 0
 
 
@@ -214,11 +215,31 @@ class Node:
             stream.tokens = delta.prompt_tokens + delta.completion_tokens
             if delta.HasField("finish"):
                 if stream.moving and delta.finish.kind == Finish.KIND_ABORTED:
-                    delta.finish.CopyFrom(Finish(kind=Finish.KIND_MOVED, successors=self.successors(stream.group_id)))
+                    after = self.decoders(stream.group_id) or self.successors(stream.group_id)
+                    delta.finish.CopyFrom(Finish(kind=Finish.KIND_MOVED, successors=after))
                 self._forget(stream)
+            elif delta.token_ids and not stream.moving:
+                self._hand_over(stream)
             batches.setdefault(stream.session, node_pb2.TokenBatch()).deltas.append(delta)
         for session, batch in batches.items():
             session.send(node_pb2.AttachResponse(tokens=batch))
+
+    def _hand_over(self, stream: Stream) -> None:
+        """From a group that prefills to one that decodes, once the first token is there, for then the KV of its prompt is in the node's
+        store. Once at most: a stream that comes back, since no other group took it, stays."""
+        if not stream.submit.resume_k and self.decoders(stream.group_id):
+            stream.moving = True
+            self.slots[self.groups[stream.group_id].group.engine_id].engine.abort(stream.rid)
+
+    def decoders(self, group_id: str) -> list[node_pb2.Successor]:
+        """Groups that take over what an open group has prefilled; none where it decodes itself."""
+        live = self.groups.get(group_id)
+        if live is None or live.group.role is not Role.PREFILL or live.state != State.GROUP_STATE_OPEN or self.draining:
+            return []
+        found = [self.groups[g.group_id] for g in self.layout.hands_over(live.group)]
+        found = [g for g in found if g.state == State.GROUP_STATE_OPEN]
+        found.sort(key=lambda g: (len(g.ledger.running), g.group.group_id))
+        return [node_pb2.Successor(group_id=g.group.group_id, epoch=g.wire.epoch) for g in found]
 
     def on_engine_ended(self, engine_id: str, message: str) -> None:
         """Its streams are told; its group waits for the engine that comes back."""

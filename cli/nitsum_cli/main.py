@@ -2,9 +2,10 @@
 
 import typer
 
-from nitsum_cli import plan, profile, profiles, simulate
+from nitsum_cli import capacity, plan, profile, profiles, simulate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("capacity")(capacity.command)
 app.command("plan")(plan.command)
 app.command("profile")(profile.command)
 app.command("profiles")(profiles.command)

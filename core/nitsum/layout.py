@@ -9,6 +9,10 @@ class Role(StrEnum):
     PREFILL = "Prefill"
     DECODE = "Decode"
 
+    def suits(self, started: bool) -> bool:
+        """Whether a stream belongs here that has a token already, or that has none yet."""
+        return self is Role.MIXED or (self is Role.DECODE) is started
+
 
 class FlipMode(StrEnum):
     """How a flip treats streams that run on the layout that ends."""
@@ -71,6 +75,12 @@ class Layout:
     @property
     def gpu_uuids(self) -> frozenset[str]:
         return frozenset(u for g in self.groups for u in g.gpu_uuids)
+
+    def hands_over(self, group: Group) -> tuple[Group, ...]:
+        """Where streams of a prefill group go after their first token: decode groups of its pool; none: they stay."""
+        if group.role is not Role.PREFILL:
+            return ()
+        return tuple(g for g in self.groups if g.pool == group.pool and g.role is Role.DECODE)
 
     def group(self, group_id: str) -> Group | None:
         return next((g for g in self.groups if g.group_id == group_id), None)

@@ -51,8 +51,52 @@ class Full:
 
 Answer = Admitted | Queued | Full
 
+
 QUEUED_MAX = 1024
 RETRY_AFTER_MS = (100, 30_000)
+
+
+class Onward:
+    """Groups of a node that take in what its prefill groups hand over, by their ledgers.
+
+    What prefills is promised a place in one of them; what would find none waits before its prefill, where its class and its turn still
+    count. The prefill ledgers share this; it has one owner, as all of a node.
+    """
+
+    def __init__(self, ledgers: "tuple[Ledger, ...]") -> None:
+        self.ledgers = ledgers
+        self._promised: dict[str, tuple[int, int]] = {}
+        """By request: which ledger, KV tokens."""
+
+    def _full(self, i: int, entry: Entry) -> bool:
+        o = self.ledgers[i]
+        there = len(o.running) + o.queued_total + o.reserved
+        if not there:
+            return False  # however long it is: it runs alone
+        beyond = o.kv_tokens_max and o.kv_tokens + o.reserved_kv_tokens + entry.kv_tokens > o.kv_tokens_max
+        return bool(beyond or (o.running_max and there >= o.running_max))
+
+    def _load(self, i: int) -> tuple[float, int, int]:
+        o = self.ledgers[i]
+        there = len(o.running) + o.queued_total + o.reserved
+        return there / (o.running_max or QUEUED_MAX), o.kv_tokens + o.reserved_kv_tokens, i
+
+    def room(self, entry: Entry) -> bool:
+        return not all(self._full(i, entry) for i in range(len(self.ledgers)))
+
+    def promise(self, entry: Entry) -> None:
+        """The least loaded with room; of none: the least loaded."""
+        i = min(range(len(self.ledgers)), key=lambda i: (self._full(i, entry), self._load(i)))
+        self._promised[entry.rid] = i, entry.kv_tokens
+        self.ledgers[i].reserve(1, entry.kv_tokens)
+
+    def place(self, rid: str) -> int | None:
+        """Index of the ledger where a request has a place."""
+        return self._promised[rid][0] if rid in self._promised else None
+
+    def release(self, rid: str) -> None:
+        if (promised := self._promised.pop(rid, None)) is not None:
+            self.ledgers[promised[0]].reserve(-1, -promised[1])
 
 
 class Ledger:
@@ -67,6 +111,22 @@ class Ledger:
         self._finish_gap_s = 1.0
         """Smoothed time between two finishes: the pace at which the queue drains."""
         self._finished_at: float | None = None
+        self.onward: Onward | None = None
+        self.reserved = self.reserved_kv_tokens = 0
+        """For what others will hand over."""
+
+    def reserve(self, requests: int, kv_tokens: int) -> None:
+        self.reserved += requests
+        self.reserved_kv_tokens += kv_tokens
+
+    def hand_over_to(self, onward: Onward | None) -> None:
+        """From now on; what runs is promised a place there too."""
+        for entry in self.running.values():
+            if self.onward is not None:
+                self.onward.release(entry.rid)
+            if onward is not None:
+                onward.promise(entry)
+        self.onward = onward
 
     def set_capacity(self, capacity: Capacity, shares: tuple[TierShare, ...], kv_tokens_max: int) -> None:
         """What already runs goes on. `kv_tokens_max`: what the engine has; 0: not limited."""
@@ -85,6 +145,11 @@ class Ledger:
         self._kv_tokens += sign * entry.kv_tokens
         self._of_tier[entry.tier] = self._of_tier.get(entry.tier, 0) + sign
         self._suspects += sign * entry.suspect
+        if self.onward is not None:
+            if sign > 0:
+                self.onward.promise(entry)
+            else:
+                self.onward.release(entry.rid)
 
     def _run(self, entry: Entry) -> None:
         self.running[entry.rid] = entry
@@ -99,9 +164,13 @@ class Ledger:
 
     def _blocked(self, entry: Entry) -> bool:
         """By the group as a whole: nothing behind it may start either."""
-        if self.running_max and len(self.running) >= self.running_max and not entry.moved:
+        kept, kv_tokens = (0, 0) if entry.moved else (self.reserved, self.reserved_kv_tokens)
+        if self.running_max and len(self.running) + kept >= self.running_max and not entry.moved:
             return True
-        return bool(self.running and self.kv_tokens_max and self._kv_tokens + entry.kv_tokens > self.kv_tokens_max)
+        if self.onward is not None and not entry.moved and not self.onward.room(entry):
+            return True
+        beyond = self.kv_tokens_max and self._kv_tokens + kv_tokens + entry.kv_tokens > self.kv_tokens_max
+        return bool(beyond and (self.running or kept))
 
     def _held(self, entry: Entry) -> bool:
         """By a cap of its own kind: others may pass it."""
@@ -142,6 +211,11 @@ class Ledger:
 
     def finish(self, rid: str, now: float) -> list[Entry]:
         """Ends a running or a waiting request; returns those that start in its place."""
+        self.release(rid, now)
+        return self.start()
+
+    def release(self, rid: str, now: float) -> None:
+        """Ends it and starts none yet: what is handed over must have taken the place it was promised, before another is promised one."""
         if (ended := self.running.pop(rid, None)) is not None:
             self._ran(ended, -1)
             if self._finished_at is not None:
@@ -149,7 +223,6 @@ class Ledger:
             self._finished_at = now
         else:
             self._keep(lambda e: e.rid != rid)
-        return self.start()
 
     def _keep(self, stays: Callable[[Entry], bool]) -> None:
         for queue in self._queues:

@@ -8,7 +8,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from heapq import merge
+
+from nitsum.layout import Role
 
 HOPS_MAX = 64
 """Submissions of one request, refusals included, since its last token."""
@@ -41,6 +42,8 @@ class GroupView:
     """Requests it can run within SLO; 0: not limited."""
     hint: bool = False
     """Its node does not list it as serving (any more): worth asking only for where it went."""
+    role: Role = Role.MIXED
+    """New requests go where prompts are prefilled, streams that have a token where decoding is done; elsewhere if these are full."""
 
     @property
     def load(self) -> float:
@@ -60,8 +63,63 @@ class Choice:
     admission: AdmissionClass
 
 
-Rank = tuple[bool, bool, float, tuple[str, str]]
-"""Order of groups: those worth a try, those with room, the least loaded, then by key."""
+Key = tuple[str, str]
+Rank = tuple[bool, bool, bool, float, Key]
+"""Order of groups: those whose role suits, those worth a try, those with room, the least loaded, then by key."""
+
+
+class _Ordered:
+    """Serving groups in order, for new requests or for those that have started. One list for each set of tiers that groups are meant for:
+    there are few of these, and so a group stands in one list only."""
+
+    def __init__(self, started: bool) -> None:
+        self.started = started
+        self.ranks: dict[Key, tuple[Rank, list[Rank]]] = {}
+        self.lists: dict[frozenset[str], list[Rank]] = {}
+        self.meant: dict[str, list[list[Rank]]] = {}
+        """By tier: lists of groups meant for it."""
+
+    def put(self, g: GroupView) -> None:
+        if not g.serving:
+            return self.remove(g.key)
+        rank = (not g.role.suits(self.started), g.hint, not g.feasible, g.load, g.key)
+        ranks = self.lists.get(g.tiers)
+        if ranks is None:
+            ranks = self.lists[g.tiers] = []
+            self.meant = {}
+        was = self.ranks.get(g.key)
+        if was is not None:
+            if was[1] is ranks and was[0] == rank:
+                return
+            del was[1][bisect_left(was[1], was[0])]
+        self.ranks[g.key] = rank, ranks
+        insort(ranks, rank)
+
+    def remove(self, key: Key) -> None:
+        if (was := self.ranks.pop(key, None)) is not None:
+            del was[1][bisect_left(was[1], was[0])]
+
+    def best(self, tier: str, avoid: frozenset[Key]) -> tuple[list[Key], bool]:
+        """(at most two groups, whether they are meant for the tier)."""
+        if (lists := self.meant.get(tier)) is None:
+            lists = self.meant[tier] = [ranks for tiers, ranks in self.lists.items() if not tiers or tier in tiers]
+        meant = any(lists)
+        found: list[Rank] = []
+        late: list[Rank] = []
+        for ranks in lists if meant else self.lists.values():
+            left = 2
+            for rank in ranks:
+                if rank[4] in avoid:
+                    late.append(rank)
+                    continue
+                found.append(rank)
+                left -= 1
+                if not left:
+                    break
+        found.sort()
+        if len(found) < 2:  # then every list was walked to its end
+            found += sorted(late)
+        return [rank[4] for rank in found[:2]], meant
 
 
 class Routes:
@@ -69,10 +127,9 @@ class Routes:
 
     def __init__(self, view: Iterable[GroupView] = ()) -> None:
         self._views: dict[tuple[str, str], GroupView] = {}
-        self._ranks: dict[tuple[str, str], Rank] = {}
-        self._serving: dict[str, list[Rank]] = {}
-        """By tier; of groups meant for all: under the empty name."""
-        self._open: list[Rank] = []
+        self._new = _Ordered(False)
+        self._started: _Ordered | None = None
+        """None while every group is Mixed: then the order is one."""
         for g in view:
             self.put(g)
 
@@ -84,65 +141,54 @@ class Routes:
 
     def put(self, g: GroupView) -> None:
         """News of a group, which may be new."""
-        self._leave(g.key)
         self._views[g.key] = g
-        if g.serving:
-            rank = self._ranks[g.key] = (g.hint, not g.feasible, g.load, g.key)
-            insort(self._open, rank)
-            for tier in g.tiers or ("",):
-                insort(self._serving.setdefault(tier, []), rank)
+        self._new.put(g)
+        if self._started is not None:
+            self._started.put(g)
+        elif g.role is not Role.MIXED:
+            self._started = _Ordered(True)
+            for other in self._views.values():
+                self._started.put(other)
 
-    def remove(self, key: tuple[str, str]) -> None:
-        self._leave(key)
-        self._views.pop(key, None)
+    def remove(self, key: Key) -> None:
+        if self._views.pop(key, None) is not None:
+            self._new.remove(key)
+            if self._started is not None:
+                self._started.remove(key)
 
     def submitted(self, key: tuple[str, str]) -> None:
         """One more request than the node's last view counts."""
         if (g := self._views.get(key)) is not None:
-            self.put(GroupView(g.key, g.epoch, g.serving, g.tiers, g.running + 1, g.queued, g.capacity, g.hint))
+            self.put(GroupView(g.key, g.epoch, g.serving, g.tiers, g.running + 1, g.queued, g.capacity, g.hint, g.role))
 
-    def _leave(self, key: tuple[str, str]) -> None:
-        if (rank := self._ranks.pop(key, None)) is not None:
-            del self._open[bisect_left(self._open, rank)]
-            for tier in self._views[key].tiers or ("",):
-                ranks = self._serving[tier]
-                del ranks[bisect_left(ranks, rank)]
-
-    def best(self, tier: str, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[GroupView, ...], bool]:
+    def best(self, tier: str, started: bool, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[GroupView, ...], bool]:
         """(at most two groups, whether they are meant for the tier)."""
-        own, common = self._serving.get(tier, []), self._serving.get("", [])
-        meant = bool(own or common)
-        ranks: Iterable[Rank] = merge(own, common) if own and common else own or common or self._open
-        found: list[Rank] = []
-        late: list[Rank] = []
-        for rank in ranks:
-            (late if rank[3] in avoid else found).append(rank)
-            if len(found) == 2:
-                break
-        return tuple(self._views[rank[3]] for rank in (*found, *late)[:2]), meant
+        keys, meant = (self._started if started and self._started is not None else self._new).best(tier, avoid)
+        return tuple(self._views[key] for key in keys), meant
 
 
 View = tuple[GroupView, ...] | Routes
 
 
-def decide(tier: str, background: bool, view: View, avoid: frozenset[tuple[str, str]] = frozenset()) -> Choice | None:
-    """Least loaded first, groups meant for the tier before others, those that just refused it last. None: nothing serves."""
+def decide(
+    tier: str, background: bool, view: View, avoid: frozenset[tuple[str, str]] = frozenset(), started: bool = False
+) -> Choice | None:
+    """Least loaded first, groups meant for the tier before others, of those the ones whose role suits; those that just refused it last.
+    None: nothing serves."""
     if isinstance(view, Routes):
-        groups, fits_tier = view.best(tier, avoid)
-        if not groups:
-            return None
-        admission = AdmissionClass.FEASIBLE if fits_tier and groups[0].feasible else AdmissionClass.BEST_EFFORT
-        return Choice(groups, AdmissionClass.BACKGROUND if background else admission)
-    open_groups = [g for g in view if g.serving]
-    if not open_groups:
+        groups, meant = view.best(tier, started, avoid)
+    else:
+        open_groups = [g for g in view if g.serving]
+        pool = [g for g in open_groups if not g.tiers or tier in g.tiers]
+        meant = bool(pool)
+        ordered = sorted(
+            pool or open_groups, key=lambda g: (g.key in avoid, not g.role.suits(started), g.hint, not g.feasible, g.load, g.key)
+        )
+        groups = tuple(ordered[:2])
+    if not groups:
         return None
-    meant = [g for g in open_groups if not g.tiers or tier in g.tiers]
-    pool = meant or open_groups
-    ordered = sorted(pool, key=lambda g: (g.key in avoid, g.hint, not g.feasible, g.load, g.key))
-    if background:
-        return Choice(tuple(ordered[:2]), AdmissionClass.BACKGROUND)
-    feasible = bool(meant) and ordered[0].feasible
-    return Choice(tuple(ordered[:2]), AdmissionClass.FEASIBLE if feasible else AdmissionClass.BEST_EFFORT)
+    admission = AdmissionClass.FEASIBLE if meant and groups[0].feasible else AdmissionClass.BEST_EFFORT
+    return Choice(groups, AdmissionClass.BACKGROUND if background else admission)
 
 
 # What happened to a stream
@@ -322,11 +368,10 @@ class Stream:
             self.waiting_since = None
         if self.hop - self.last_hop >= HOPS_MAX:
             return self._fail(503, f"no group kept this request after {HOPS_MAX} tries")
-        choice = decide(self.tier, self.background, view, frozenset(self.avoid))
+        choice = decide(self.tier, self.background, view, frozenset(self.avoid), self.delivered > 0)
         admission = choice.admission if choice else AdmissionClass.BACKGROUND if self.background else AdmissionClass.BEST_EFFORT
         if successors:  # the node knows better than our view, which is a second old
-            loads = {g.key: g.load for g in view}
-            key, epoch = min(successors, key=lambda s: (s[0] in self.avoid, loads.get(s[0], 0.0), s[0]))
+            key, epoch = min(successors, key=lambda s: (s[0] in self.avoid, *self._rank(view, s[0]), s[0]))
             return self._submit(key, epoch, admission)
         fresh = [g for g in choice.groups if g.key not in self.avoid] if choice else []
         if fresh:
@@ -340,6 +385,11 @@ class Stream:
         self.avoid.clear()
         self.retries += 1
         return [Retry(min(RETRY_S * 2 ** min(self.retries - 1, 10), RETRY_S_MAX))]
+
+    def _rank(self, view: View, key: tuple[str, str]) -> tuple[bool, float]:
+        """Of a successor; one that we have not heard of is taken for an idle one that suits."""
+        g = view.get(key) if isinstance(view, Routes) else next((g for g in view if g.key == key), None)
+        return (not g.role.suits(self.delivered > 0), g.load) if g else (False, 0.0)
 
     def _submit(self, key: tuple[str, str], epoch: int, admission: AdmissionClass) -> list[Command]:
         self.hop += 1

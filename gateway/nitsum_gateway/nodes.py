@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from nitsum.layout import Role
 from nitsum.routing import GroupView
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.gateway.v1 import gateway_pb2
@@ -24,6 +25,7 @@ REDIAL_S = (0.1, 2.0)
 SILENCE_S = 15.0
 """A node says something at least each second: after this long the line counts as broken."""
 LEARNED_MAX = 64
+ROLES = {types_pb2.ROLE_PREFILL: Role.PREFILL, types_pb2.ROLE_DECODE: Role.DECODE}
 Key = tuple[str, str]
 
 
@@ -47,11 +49,14 @@ class NodeLine:
         self.sent: dict[str, int] = {}
         """Submissions since the last view, by group: it does not count them yet."""
         self.outbox: asyncio.Queue[node_pb2.AttachRequest] | None = None
+        self.changes = 0
+        """Counts what `groups` may show anew, what was sent apart."""
         self.problem = "not connected yet"
         self.apply(route)
         self.task = asyncio.create_task(self._run())
 
     def apply(self, route: gateway_pb2.NodeRoute) -> None:
+        self.changes += 1
         self.routed = {g.group_id: g for g in route.groups if g.pool.name == self.hello.pool.name}
 
     def learn(self, successors: list[node_pb2.Successor]) -> None:
@@ -60,6 +65,7 @@ class NodeLine:
             self.learned[s.group_id] = s.epoch
         while len(self.learned) > LEARNED_MAX:
             self.learned.pop(next(iter(self.learned)))
+        self.changes += 1
 
     def send(self, frame: node_pb2.AttachRequest) -> bool:
         """False: the line is down."""
@@ -78,16 +84,25 @@ class NodeLine:
     def _group(self, group_id: str) -> GroupView:
         routed, seen = self.routed.get(group_id), self.view.get(group_id)
         tiers = frozenset(s.tier for s in routed.shares if s.share > 0 or s.max_running) if routed else frozenset[str]()
+        role = ROLES.get(routed.role, Role.MIXED) if routed else Role.MIXED
         sent = self.sent.get(group_id, 0)
         if seen is None:
             assert routed is not None
-            return GroupView((self.agent_id, group_id), routed.epoch, True, tiers, sent, hint=bool(self.view))
+            return GroupView((self.agent_id, group_id), routed.epoch, True, tiers, sent, hint=bool(self.view), role=role)
         up = seen.state in (types_pb2.GROUP_STATE_OPEN, types_pb2.GROUP_STATE_OPENING)
         load = seen.load
         queued = load.queued_feasible + load.queued_best_effort + load.queued_background
         closing = seen.state == types_pb2.GROUP_STATE_CLOSING
         return GroupView(
-            (self.agent_id, group_id), seen.epoch, up or closing, tiers, load.running + sent, queued, seen.capacity.max_running, closing
+            (self.agent_id, group_id),
+            seen.epoch,
+            up or closing,
+            tiers,
+            load.running + sent,
+            queued,
+            seen.capacity.max_running,
+            closing,
+            role,
         )
 
     async def _run(self) -> None:
@@ -109,6 +124,7 @@ class NodeLine:
 
     def _down(self) -> None:
         self.outbox, self.view, self.sent = None, {}, {}
+        self.changes += 1
         self.on_break(self)
 
     async def _attach(self, channel: grpc.aio.Channel) -> bool:
@@ -135,9 +151,11 @@ class NodeLine:
                         self.problem = f"speaks contract {frame.welcome.contract_version}, this gateway {CONTRACT_VERSION}"
                         return False
                     self.outbox, self.problem = outbox, ""
+                    self.changes += 1
                 elif what == "view":
                     self.view, self.sent = {g.group_id: g for g in frame.view.groups}, {}
                     self.outbox = self.outbox or outbox
+                    self.changes += 1
                 elif what is not None:
                     self.on_frame(self, frame)
             status = await call.code()

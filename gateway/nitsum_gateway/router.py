@@ -74,6 +74,9 @@ class Router:
         self.by_hop: dict[str, tuple[Live, int, Any]] = {}
         self.demand = Demand()
         self.unready_reason = ""
+        self._routes = routing.Routes()
+        self._seen: dict[str, tuple[Any, int, list[routing.Key]]] = {}
+        """By agent id: line, its `changes` when it was looked at, its groups in `_routes`."""
         self._number = 0
         self._rows: list[Row] = []
 
@@ -188,8 +191,24 @@ class Router:
 
     # Carrying out
 
-    def view(self) -> tuple[routing.GroupView, ...]:
-        return tuple(g for line in self.lines.values() for g in line.groups())
+    def view(self) -> routing.Routes:
+        """All groups as their nodes last said. Only lines with news are looked at, for this is asked with each request."""
+        for agent_id in [a for a in self._seen if a not in self.lines]:
+            self._look(agent_id, self._seen[agent_id][0], [])
+        for agent_id, line in self.lines.items():
+            seen = self._seen.get(agent_id)
+            if seen is None or seen[0] is not line or seen[1] != line.changes:
+                self._look(agent_id, line, line.groups())
+        return self._routes
+
+    def _look(self, agent_id: str, line: Any, groups: list[routing.GroupView]) -> None:
+        *_, old = self._seen.pop(agent_id, (None, 0, []))
+        for key in set(old).difference(g.key for g in groups):
+            self._routes.remove(key)
+        for g in groups:
+            self._routes.put(g)
+        if agent_id in self.lines:
+            self._seen[agent_id] = line, line.changes, [g.key for g in groups]
 
     def _feed(self, live: Live, event: routing.Event) -> None:
         if isinstance(event, routing.Moved | routing.Refused | routing.Crashed | routing.NodeLost):
@@ -241,7 +260,10 @@ class Router:
             age_ms=min(int((time.monotonic() - live.arrived) * 1e3), 1 << 31),
         )
         self.by_hop[submit.request_id] = live, c.hop, line
-        return bool(line.send(node_pb2.AttachRequest(submit=submit)))
+        sent = bool(line.send(node_pb2.AttachRequest(submit=submit)))
+        if sent:
+            self._routes.submitted(c.group)
+        return sent
 
     def _retry(self, live: Live) -> None:
         if self.live.get(live.request.rid) is live:

@@ -36,7 +36,7 @@ GPUS = ["n0-slot-0", "n0-slot-1"]
 
 
 def directive(
-    operation_id: str, generation: int, tp_size: int, *, tps: tuple[int, ...] = (1, 2), budget: int = 0
+    operation_id: str, generation: int, tp_size: int, *, tps: tuple[int, ...] = (1, 2), budget: int = 0, roles: tuple[int, ...] = (0, 0)
 ) -> agent_pb2.NodeDirective:
     def blocks(tp: int) -> list[list[str]]:
         return [GPUS[i : i + tp] for i in range(0, 3 - tp, tp)]
@@ -54,6 +54,7 @@ def directive(
             model="tiny",
             tp_size=tp_size,
             gpu_uuids=b,
+            role=roles[i],
             capacity=types_pb2.Capacity(prefill_tokens_per_step=budget),
         )
         for i, b in enumerate(blocks(tp_size))
@@ -156,6 +157,8 @@ class Gateway:
     hop: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     times: dict[str, list[float]] = field(default_factory=dict)
+    cached: dict[str, list[int]] = field(default_factory=dict)
+    """Prompt tokens that were not computed, by hop."""
 
     async def send(self, name: str, group_id: str, epoch: int) -> None:
         self.hop[name] = self.hop.get(name, 0) + 1
@@ -177,6 +180,8 @@ class Gateway:
                 name = delta.request_id.split(":")[0]
                 self.got[name] += delta.token_ids
                 self.times.setdefault(name, []).append(time.monotonic())
+                if delta.token_ids:
+                    self.cached.setdefault(name, []).extend([delta.cached_tokens] * (self.hop[name] - len(self.cached.get(name, []))))
                 if delta.HasField("finish"):
                     if delta.finish.kind == node_pb2.Finish.KIND_MOVED:
                         next_ = delta.finish.successors[hash(name) % len(delta.finish.successors)]
@@ -261,6 +266,24 @@ async def test_streams_cross_flips_token_for_token(host: Running) -> None:
     assert (await host.apply(directive("op3", 3, 1))).WhichOneof("answer") == "already_done"
     wrong = await host.apply(directive("op9", 9, 2, tps=(1,)))
     assert wrong.rejected.reason == agent_pb2.ApplyResponse.Rejected.REASON_NOT_RESIDENT
+
+
+@pytest.mark.timeout(400)
+async def test_streams_are_handed_over_from_prefill_to_decode_token_for_token(host: Running) -> None:
+    """Abort and resume over the node's KV store: what one engine prefilled, the other loads."""
+    prefill_decode = types_pb2.ROLE_PREFILL, types_pb2.ROLE_DECODE
+    assert (await host.apply(directive("op1", 1, 1, tps=(1,), roles=prefill_decode))).WhichOneof("answer") == "accepted", host.log()
+    report = await host.applied("op1")
+    entry = agent_pb2.NodeReport(groups=[g for g in report.groups if g.group.role == types_pb2.ROLE_PREFILL])
+    names = [str(i) for i in range(6)]
+    handed = await streams(host, names, entry)
+    assert set(handed.hop.values()) == {2}, "one hand-over each"
+    assert all(cached == [0, 32] for cached in handed.cached.values()), handed.cached
+    assert (await host.apply(directive("op2", 2, 1, tps=(1,)))).WhichOneof("answer") == "accepted"
+    unmoved = await streams(host, names, await host.applied("op2"))
+    assert set(unmoved.hop.values()) == {1}, "both are Mixed now"
+    assert handed.got == unmoved.got
+    never_two_awake(host.folder)
 
 
 @pytest.mark.timeout(300)

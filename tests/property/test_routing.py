@@ -7,6 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nitsum.layout import Role
 from nitsum.routing import (
     HOPS_MAX,
     RETRY_S_MAX,
@@ -235,14 +236,24 @@ views = st.lists(
         st.integers(0, 2),
         st.integers(0, 4),
         st.booleans(),
+        st.sampled_from(Role),
     ),
     max_size=12,
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(views, st.sets(st.sampled_from(["g1", "g2", "g3"])), st.sampled_from(["t", "u", "v"]), st.booleans(), st.sampled_from(["", "g2"]))
-def test_kept_routes_decide_like_a_view_looked_at_afresh(news: list[GroupView], avoid: set[str], tier: str, back: bool, gone: str) -> None:
+@given(
+    views,
+    st.sets(st.sampled_from(["g1", "g2", "g3"])),
+    st.sampled_from(["t", "u", "v"]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["", "g2"]),
+)
+def test_kept_routes_decide_like_a_view_looked_at_afresh(
+    news: list[GroupView], avoid: set[str], tier: str, back: bool, started: bool, gone: str
+) -> None:
     routes, last = Routes(), dict[tuple[str, str], GroupView]()
     for g in news:  # later news of a group replace earlier ones
         routes.put(g)
@@ -254,4 +265,27 @@ def test_kept_routes_decide_like_a_view_looked_at_afresh(news: list[GroupView], 
         routes.submitted(key)
         last[key] = replace(last[key], running=last[key].running + 1)
     avoided = frozenset(("a", k) for k in avoid)
-    assert decide(tier, back, routes, avoided) == decide(tier, back, tuple(last.values()), avoided)
+    assert decide(tier, back, routes, avoided, started) == decide(tier, back, tuple(last.values()), avoided, started)
+
+
+def test_new_requests_go_where_prefill_is_and_started_ones_where_decode_is() -> None:
+    p, d, m = (GroupView(("a", r), 1, True, frozenset(), running=3, capacity=3, role=r) for r in (Role.PREFILL, Role.DECODE, Role.MIXED))
+    idle = replace(m, running=0)
+    for view in ((p, d), Routes((p, d))):
+        new, started = decide("t", False, view), decide("t", False, view, started=True)
+        assert new is not None
+        assert started is not None
+        assert (new.groups, started.groups) == ((p, d), (d, p)), "full or not: the other kind is for what it refuses"
+    for view in ((p, d, idle), Routes((p, d, idle))):
+        choices = [decide("t", False, view, started=s) for s in (False, True)]
+        assert [c and c.groups for c in choices] == [(idle, p), (idle, d)]
+
+
+def test_a_stream_that_moved_takes_the_successor_that_decodes() -> None:
+    p, d = (GroupView(("a", r), 1, True, frozenset(), running=n, role=r) for r, n in ((Role.PREFILL, 0), (Role.DECODE, 3)))
+    successors = ((p.key, 2), (d.key, 2))
+    for view in ((p, d), Routes((p, d))):
+        s = Stream("t", False, 0.0)
+        assert s.start(view, 0.0) == [Submit(1, p.key, 1, AdmissionClass.FEASIBLE, 0, False)]
+        s.handle(Tokens(1, (5,)), view, 0.1)
+        assert s.handle(Moved(1, successors), view, 0.2) == [Submit(2, d.key, 2, AdmissionClass.FEASIBLE, 1, False)]

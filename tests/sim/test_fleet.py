@@ -7,16 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum.layout import Capacity, FlipMode, Layout, TierShare
+from nitsum.errors import InvalidSpec
+from nitsum.layout import Capacity, FlipMode, Layout, Role, TierShare
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodePlan, Plan, Snapshot
-from nitsum.pool import Pool, Tier
+from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.residency import Residency
 from nitsum.sim import arrivals, compare, hardware, metrics, workload
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.engine import EngineLimits
 from nitsum.sim.fleet import Fleet
+from nitsum.sim.group import Live, SimGroup
 from nitsum.sim.policies import Policy, governor, registry, standing
+from nitsum.sim.policies.disaggregated import split
 from nitsum.sim.policies.layouts import Part, partition, uniform
 from nitsum.sim.policies.registry import FixedPause, Setting
 from nitsum.sim.request import Request
@@ -41,36 +44,103 @@ def traffic(rates: dict[str, float], duration: str = "30s", seed: int = 1, promp
 class Restless:
     """A planner that changes its mind at each of its first ten calls, in every mode: what a fleet must survive."""
 
-    def __init__(self, s: Setting, shapes: list[tuple[int, FlipMode]]) -> None:
+    def __init__(self, s: Setting, shapes: list[tuple[int, FlipMode, int]]) -> None:
+        """(TP, mode, prefill groups of each node; 0: all mixed). Where only the last differs, roles change and nothing flips."""
         self.s, self.shapes, self.calls = s, shapes, 0
 
     def __call__(self, snapshot: Snapshot, now: float) -> Plan:
-        tp, mode = self.shapes[min(self.calls, 10) % len(self.shapes)]
+        tp, mode, prefill = self.shapes[min(self.calls, 10) % len(self.shapes)]
         self.calls += 1
         layouts = uniform(self.s.pool, self.s.nodes, tp, "test")
+        if prefill:
+            layouts = split(layouts, prefill)
         served = standing.plan(replace(snapshot, nodes=tuple(replace(n, layout=layouts[n.node.agent_id]) for n in snapshot.nodes)), now)
         return Plan(str(self.calls), tuple(replace(n, mode=mode) for n in served.nodes), ())
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from(list(FlipMode))), min_size=2, max_size=5),
+    st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.sampled_from(list(FlipMode)), st.integers(0, 3)), min_size=2, max_size=5),
     st.floats(0, 3000),
     st.integers(0, 99),
     st.sampled_from([0.3, 1.5]),
     st.integers(1, 3),
 )
 def test_no_request_lost_or_finished_twice_whatever_flips(
-    shapes: list[tuple[int, FlipMode]], pause_ms: float, seed: int, interval_s: float, gateways: int
+    shapes: list[tuple[int, FlipMode, int]], pause_ms: float, seed: int, interval_s: float, gateways: int
 ) -> None:
     s = setting(16, 2)
-    policy = Policy("restless", s.pool, FixedPause(pause_ms), s.tps, Restless(s, shapes), None, s.settings, interval_s)
+    policy = Policy("restless", s.pool, FixedPause(pause_ms), s.tps, Restless(s, shapes), None, s.settings, interval_s, kv_load=PROFILE)
     t = traffic({"strict": 8, "loose": 8, "batch": 2}, "5s", seed)
     result = Fleet(policy, s.nodes, PROFILE, t, gateways).run()  # asserts GPUs, budget, tokens and endings as it goes
     assert len(result.outcomes) == len(t.requests)
     assert all(o.ending is not Ending.FAILED for o in result.outcomes)
     assert result.gpus_max <= 16
     assert all(sum(n for _, _, n in at.gpus) <= 16 for at in result.layouts)
+
+
+def pd(s: Setting, tp: int = 1, prefill: int = 4) -> Policy:
+    pool = replace(s.pool, mode=AdaptationMode.FROZEN, allowed_tp=(tp,))
+    first = split(uniform(s.pool, s.nodes, tp, "test"), prefill)
+    return Policy("pd", pool, FixedPause(0), (tp,), standing.plan, first, s.settings, kv_load=PROFILE)
+
+
+def test_a_hand_over_costs_the_load_of_the_kv_and_no_second_prefill() -> None:
+    s = setting()
+    r = Request(0, "loose", 0.0, 20_000, 400, 512)
+    t = Traffic(1.0, (r,), {}, ())
+    mixed = Fleet(registry.build("aware-tp1", s), s.nodes, PROFILE, t).run().outcomes[0]
+    apart = Fleet(pd(s), s.nodes, PROFILE, t).run().outcomes[0]
+    again = Fleet(replace(pd(s), kv_load=None), s.nodes, PROFILE, t).run().outcomes[0]
+    assert mixed.ttft_ms == apart.ttft_ms == again.ttft_ms
+    assert mixed.tpot_ms is not None
+    assert apart.tpot_ms is not None
+    assert again.tpot_ms is not None
+    load_ms = PROFILE.load_ms(20_001, 1)
+    assert load_ms is not None
+    assert load_ms > 5
+    # One token of prefill on the other side, a decode step less.
+    assert (apart.tpot_ms - mixed.tpot_ms) * 399 == pytest.approx(load_ms, abs=10)
+    assert (again.tpot_ms - mixed.tpot_ms) * 399 > 400
+
+
+def test_prefill_groups_never_decode_and_decode_groups_take_no_new_request() -> None:
+    s = setting()
+
+    class Watched(Fleet):
+        def _start(self, g: SimGroup, live: Live) -> None:
+            assert (live.made > 0) is (g.group.role is Role.DECODE), (g.group.role, live.made)
+            super()._start(g, live)
+
+        def _advance(self, g: SimGroup, when: float) -> None:
+            if g.group.role is Role.PREFILL:
+                assert not g.engine.running
+            super()._advance(g, when)
+
+    result = Watched(pd(s, 2, 1), s.nodes, PROFILE, traffic({"strict": 4, "loose": 6}, "20s")).run()
+    assert all(o.ending is Ending.FINISHED for o in result.outcomes)
+
+
+def test_nothing_is_prefilled_for_which_decode_has_no_room() -> None:
+    """Overload waits and is shed in front of prefill: what was let in keeps its TPOT."""
+    s = setting()
+    t = traffic({"loose": 200}, "20s", prompt=500, output=600)
+    result = Fleet(registry.governed(pd(s, 1, 5), s), s.nodes, PROFILE, t).run()
+    endings = [o.ending for o in result.outcomes]
+    assert endings.count(Ending.REFUSED) > 0.2 * len(endings)
+    assert Ending.FAILED not in endings
+    tpot = sorted(o.tpot_ms for o in result.outcomes if o.tpot_ms is not None)
+    assert tpot[int(len(tpot) * 0.95)] < 60
+
+
+def test_the_best_ratio_is_searched() -> None:
+    s = setting()
+    found = compare.run(("static-pd",), s, traffic({"strict": 5, "loose": 5}, "10s"))
+    f = found.figures()["static-pd"]
+    assert f["attainment"] > 0.9
+    assert "prefill and" in f["note"]
+    with pytest.raises(InvalidSpec, match="no node has room"):
+        compare.run(("static-pd",), setting(gpus=1), traffic({"loose": 1}, "2s"))
 
 
 def test_two_engines_on_one_gpu_are_caught() -> None:
@@ -129,7 +199,8 @@ def test_every_policy_runs_and_figures_are_the_same_bytes_for_the_same_seed() ->
     s = setting()
     t = traffic({"strict": 6, "loose": 10, "batch": 1}, "8s")
     names = registry.expand(
-        "plain-tp2,static-tpN,static-partition,resplit-tp2,replicas-tp2,restart-tp,nitsum,nitsum@copy,nitsum@2s,oracle", s
+        "plain-tp2,aware-tp2,apart,static-tpN,static-partition,static-pd,resplit-tp2,replicas-tp2,restart-tp,nitsum,nitsum@copy,nitsum@2s,oracle",
+        s,
     )
     first = json.dumps(compare.run(names, s, t).figures())
     assert json.dumps(compare.run(names, s, t).figures()) == first

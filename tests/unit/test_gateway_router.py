@@ -2,16 +2,20 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nitsum.layout import Role
 from nitsum.routing import GroupView
+from nitsum_api.gateway.v1 import gateway_pb2
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
 from nitsum_gateway.emit import Row
+from nitsum_gateway.nodes import NodeLine
 from nitsum_gateway.router import Router
 
 Kind = node_pb2.Finish
@@ -30,6 +34,10 @@ class Line:
     def __init__(self, agent_id: str, up: bool = True) -> None:
         self.agent_id, self.up, self.problem = agent_id, up, ""
         self.frames: list[node_pb2.AttachRequest] = []
+
+    @property
+    def changes(self) -> int:
+        return int(self.up)
 
     def groups(self) -> list[GroupView]:
         return [GroupView((self.agent_id, "g"), 1, True, frozenset())] if self.up else []
@@ -181,3 +189,42 @@ def test_too_long_for_an_engine_is_told_apart_from_invalid() -> None:
         assert [front.ends[rid]["message"].endswith(" [context length]") for rid in ("long", "bad")] == [True, False]
 
     inside(work)
+
+
+def test_routes_follow_what_lines_say() -> None:
+    """Kept between requests: a line that breaks, comes back, is replaced or is no longer named shows at once."""
+
+    def work() -> None:
+        a, b = Line("a"), Line("b")
+        r, _ = router(a, b)
+        seen = [sorted(g.key[0] for g in r.view())]
+        a.up = False
+        seen.append(sorted(g.key[0] for g in r.view()))
+        a.up = True
+        seen.append(sorted(g.key[0] for g in r.view()))
+        del r.lines["b"]
+        seen.append(sorted(g.key[0] for g in r.view()))
+        r.lines["b"] = Line("b")
+        seen.append(sorted(g.key[0] for g in r.view()))
+        assert seen == [["a", "b"], ["b"], ["a", "b"], ["a"], ["a", "b"]]
+        for i in range(4):
+            r.submit(request(f"r{i}"))
+        assert [len(line.submits()) for line in (a, r.lines["b"])] == [2, 2], "what was sent counts before the node says so"
+
+    inside(work)
+
+
+async def test_a_line_tells_roles_and_counts_its_news(tmp_path: Path) -> None:
+    groups = [
+        types_pb2.Group(group_id=f"g{role}", pool=types_pb2.PoolRef(name="p"), role=role)
+        for role in (types_pb2.ROLE_UNSPECIFIED, types_pb2.ROLE_MIXED, types_pb2.ROLE_PREFILL, types_pb2.ROLE_DECODE)
+    ]
+    route = gateway_pb2.NodeRoute(agent_id="a", address="127.0.0.1:1", groups=groups)
+    line = NodeLine(route, node_pb2.Hello(pool=types_pb2.PoolRef(name="p")), tmp_path, lambda line, frame: None, lambda line: None)
+    line.outbox = asyncio.Queue()
+    assert [g.role for g in line.groups()] == [Role.MIXED, Role.MIXED, Role.PREFILL, Role.DECODE]
+    for change in (lambda: line.learn([]), lambda: line.apply(route), line._down):
+        before = line.changes
+        change()
+        assert line.changes > before
+    await line.close()

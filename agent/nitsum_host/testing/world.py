@@ -152,7 +152,10 @@ class World:
     def slot(self, engine_id: str) -> Slot:
         return self.node.slots[engine_id]
 
-    def directive(self, tp: int, tps: tuple[int, ...] = (1, 2), path: str = "/m", **fields: Any) -> agent_pb2.NodeDirective:
+    def directive(
+        self, tp: int, tps: tuple[int, ...] = (1, 2), path: str = "/m", roles: Sequence[Any] = (), **fields: Any
+    ) -> agent_pb2.NodeDirective:
+        """`roles`: of the groups; Mixed where none is given."""
         self.operations += 1
         self.capacity.prefill_tokens_per_step = 100 * self.operations  # limits drift with each
 
@@ -168,6 +171,8 @@ class World:
             )
             for i, b in enumerate(blocks(tp) if tp else [])
         ]
+        for group, role in zip(groups, roles, strict=False):
+            group.role = role
         model = types_pb2.Model(name="m", source=types_pb2.ModelSource(path=path))
         return agent_pb2.NodeDirective(
             operation_id=f"op{self.operations}",

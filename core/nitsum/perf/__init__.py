@@ -1,6 +1,6 @@
 """Step times, memory and flip cost by (model, GPU, TP): the ports that planner, ledger and simulator use."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nitsum.layout import FlipMode
 
@@ -33,6 +33,13 @@ class StepTimeModel(Protocol):
 
     def kv_capacity_tokens(self, tp_size: int, resident_tp: tuple[int, ...]) -> int:
         """KV tokens that one engine of this TP holds when engines of `resident_tp` share its GPUs."""
+        ...
+
+
+@runtime_checkable
+class KvLoad(Protocol):
+    def load_ms(self, tokens: int, tp_size: int) -> float | None:
+        """From a node's KV store into a group of this TP, beside its steps; None: KV is not kept."""
         ...
 
 

@@ -35,12 +35,16 @@ class FlipRates:
     host_bytes_per_s: float = 200e9
     nvlink_bytes_per_s: float = 360e9
 
+    def load_ms(self, bytes_per_gpu: float, tp_size: int) -> float:
+        """KV of one stream from the node's store, by all GPUs of a group at once: each one's link, and the host's memory for all."""
+        return bytes_per_gpu / min(self.pcie_bytes_per_s, self.host_bytes_per_s / tp_size) * 1e3
+
     def copy_ms(self, bytes_per_gpu: float, from_tp: int, to_tp: int) -> float:
         """KV of B's GPUs, `bytes_per_gpu` on each. GPUs that flip together: as many as the wider of the two layouts."""
         low, high = sorted((from_tp, to_tp))
         if self.path is KvPath.PEER:
             return bytes_per_gpu * (1 - low / high) / self.nvlink_bytes_per_s * 1e3
-        return bytes_per_gpu / min(self.pcie_bytes_per_s, self.host_bytes_per_s / high) * 1e3
+        return self.load_ms(bytes_per_gpu, high)
 
 
 @dataclass(frozen=True)

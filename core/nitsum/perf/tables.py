@@ -157,6 +157,13 @@ class Profile:
                 return FlipParts(fixed, copied, KvFate.COPIED)
         return FlipParts(fixed, computed, KvFate.RECOMPUTED)
 
+    def load_ms(self, tokens: int, tp_size: int) -> float | None:
+        """KV of one stream from the node's store to a group, beside its steps. None: no rate is known, so KV is computed again."""
+        rank = self.tables[tp_size].memory
+        if self.flip is not None and rank is not None:
+            return self.flip.load_ms(tokens * rank.kv_bytes_per_token, tp_size)
+        return tokens / self.kv_copy_tokens_per_s * 1e3 if self.kv_copy_tokens_per_s else None
+
     def _flat_parts(self, resident_tokens: int, mode: FlipMode, to_tp: int) -> FlipParts:
         """Without rates and memory: one prefill of all tokens at B, or a flat copy rate."""
         computed = self.prefill_ms(to_tp, resident_tokens) if resident_tokens else 0.0

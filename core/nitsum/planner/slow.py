@@ -86,7 +86,7 @@ class SlowPlane:
         ended = {u for _, _, uuids in q.had for u in uuids} - {u for _, _, uuids in q.running for u in uuids}
         placed = fill([q], placed, used - ended, max(len(p.gpus) for p in placed))
         used |= {g.uuid for p in placed for g in p.gpus}
-        serving = serve(q, found, placed, settings.gain_min)
+        serving = self._flowing(serve(q, found, placed, settings.gain_min))
         reasons, would = [profile(q, snapshot), *_repaired(q, placed)], False
         rejected: tuple[str, ...] = ()
         if not why:
@@ -121,6 +121,10 @@ class SlowPlane:
         except Exception:  # boundary to a foreign solver; the greedy flows stand
             return answer
         return found if found is not None and found.score > answer.score else answer
+
+    def _flowing(self, serving: Serving) -> Serving:
+        """Shares and outlook by the best flows: what is filled greedily may call a tier short that these groups can serve."""
+        return replace(serving, answer=self._at_best(serving.asked, serving.answer))
 
     def _best(self, asked: Problem) -> Answer:
         """The better of exact and greedy. A solver that fails is no reason to stand still."""
@@ -158,7 +162,7 @@ class SlowPlane:
         decided = []
         for q in moves:
             mine = [p for p in placed if p.pool == q.pool.name]
-            serving = serve(q, asked.kinds, mine, gain_min)
+            serving = self._flowing(serve(q, asked.kinds, mine, gain_min))
             decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change)))
         return decided
 

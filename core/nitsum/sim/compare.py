@@ -7,7 +7,7 @@ from typing import Any
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.fleet import Fleet
 from nitsum.sim.metrics import policy_figures
-from nitsum.sim.policies import partition, registry
+from nitsum.sim.policies import disaggregated, partition, registry
 from nitsum.sim.policies.registry import Setting
 from nitsum.sim.result import RunResult
 
@@ -31,12 +31,13 @@ class Comparison:
 
 def run(names: tuple[str, ...], setting: Setting, traffic: Traffic, progress: Progress = lambda name, second: None) -> Comparison:
     """Raises InvalidSpec for a policy that there is not, before anything runs."""
-    policies = [name if name == partition.NAME else registry.build(name, setting) for name in names]
+    policies = [name if name in registry.SEARCHED else registry.build(name, setting) for name in names]
     results = {}
     for name, policy in zip(names, policies, strict=True):
         said = lambda second, name=name: progress(name, second)  # noqa: E731
         if isinstance(policy, str):
-            results[name] = partition.best(setting, traffic, said)
+            search = disaggregated.best if name == disaggregated.NAME else partition.best
+            results[name] = search(setting, traffic, said, name)
         else:
             results[name] = Fleet(policy, setting.nodes, setting.model, traffic).run(said)
     return Comparison(setting, traffic, results)

@@ -30,6 +30,8 @@ class EngineLimits:
     chunk: int = 8192
     max_running: int = 4096
     mixed_tokens: int | None = None
+    hands_over: bool = False
+    """A sequence leaves with its first token: another group decodes it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +57,7 @@ class Happened(Enum):
     FIRST = 1
     """A prefill ended: the first token of this submission."""
     FINISHED = 2
+    HANDED_OVER = 3
 
 
 class _Work(Enum):
@@ -196,6 +199,9 @@ class Engine:
             if seq.made >= seq.output:
                 self._full = False
                 happened.append((Happened.FINISHED, seq))
+            elif self.limits.hands_over:
+                self._full = False
+                happened.append((Happened.HANDED_OVER, seq))
             else:
                 self._join(seq)
         self._parts = []

@@ -8,20 +8,20 @@ end: every request ended exactly once, with as many tokens as it had to make.
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from nitsum import routing
 from nitsum.demand_estimate import DemandEstimator
-from nitsum.layout import FlipMode, Group, Layout
-from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger
+from nitsum.layout import FlipMode, Group, Layout, Role
+from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Onward
 from nitsum.perf import StepTimeModel
 from nitsum.planner import NodePlan, NodeView, Snapshot
 from nitsum.residency import Residency
 from nitsum.routing import AdmissionClass
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.demand import Foresight
-from nitsum.sim.engine import NEVER, Engine, Happened, Seq
+from nitsum.sim.engine import NEVER, Engine, EngineLimits, Happened, Seq
 from nitsum.sim.gateway import Gateway
 from nitsum.sim.group import Key, Live, SimGroup
 from nitsum.sim.policies import Policy
@@ -126,6 +126,7 @@ class Fleet:
                 self.nodes[agent_id].layout = layout
                 for g in layout.groups:
                     self._wake(self.nodes[agent_id], g)
+                self._link(self.nodes[agent_id])
         if self.policy.planner is not None:
             self._cycle(0.0)
         self._check()
@@ -206,7 +207,22 @@ class Fleet:
         self._news(g)
 
     def _start(self, g: SimGroup, live: Live) -> None:
+        live.starts += 1
+        if live.loads and live.warm_at == g.key[0]:
+            load_ms = self.policy.kv_load.load_ms(live.request.prompt + live.made, g.group.tp_size) if self.policy.kv_load else None
+            if load_ms is not None:
+                g.loaded_at = max(g.loaded_at, self.now) + load_ms / 1e3
+                return self._at(g.loaded_at, lambda starts=live.starts: self._loaded(g, live, starts))  # type: ignore[misc]
+            live.warm_at = ""
+        self._run(g, live)
+
+    def _loaded(self, g: SimGroup, live: Live, starts: int) -> None:
+        if live.starts == starts and live.group is g and g.open:
+            self._run(g, live)
+
+    def _run(self, g: SimGroup, live: Live) -> None:
         r = live.request
+        live.loads = False
         live.seq = Seq(r.rid, r.prompt, r.output, r.max_new, live.made, live.warm_at == g.key[0])
         live.warm_at = ""
         g.engine.submit(live.seq, self.now)
@@ -235,6 +251,8 @@ class Fleet:
             if what is Happened.FIRST:
                 if live.first_at < 0:
                     live.first_at = self.now
+            elif what is Happened.HANDED_OVER:
+                self._hand_over(g, live, seq)
             else:
                 self._finished(g, live, seq)
         if g.closing and not g.lives:
@@ -249,6 +267,23 @@ class Fleet:
             assert live.stream.delivered == seq.made, (live.stream.delivered, seq)
         live.made = seq.made
 
+    def _hand_over(self, g: SimGroup, live: Live, seq: Seq) -> None:
+        """Abort after the first token, and resume where it is decoded: its KV is in the node's store by then."""
+        self._tokens(live, seq)
+        del g.lives[live.rid]
+        live.warm_at, live.loads = g.key[0], True
+        n, onward = self.nodes[g.key[0]], g.ledger.onward
+        place = onward.place(live.rid) if onward is not None else None
+        taker = onward.ledgers[place] if onward is not None and place is not None else None
+        to = next((o for o in n.groups.values() if o.ledger is taker), None)
+        g.ledger.release(live.rid, self.now)
+        live.group = None
+        assert live.stream is not None
+        successors = ((to.key, to.epoch),) if to is not None else self._successors(n, g.group)
+        self._feed(live, routing.Moved(live.stream.hop, successors))
+        self._started(g, g.ledger.start())
+        self._news(g)
+
     def _finished(self, g: SimGroup, live: Live, seq: Seq) -> None:
         self._tokens(live, seq)
         del g.lives[live.rid]
@@ -256,6 +291,10 @@ class Fleet:
             return self._end(live, Ending.FINISHED)
         self._started(g, g.ledger.finish(live.rid, self.now))
         self._news(g)
+        if g.group.role is Role.DECODE:  # a place that prefill groups may have waited for
+            for other in self.nodes[g.key[0]].groups.values():
+                if other.ledger.onward is not None:
+                    self._started(other, other.ledger.start())
         self._feed(live, routing.Finished(live.stream.hop))
 
     def _end(self, live: Live, ending: Ending) -> None:
@@ -283,6 +322,9 @@ class Fleet:
         for g in list(self._all()):
             if g.ledger.queued_total:
                 self._expire(g)
+        for g in list(self._all()):
+            if g.ledger.onward is not None and g.open:
+                self._started(g, g.ledger.start())
         demand = self.foresight(self.now, policy.foresight_s) if self.foresight else self.estimator.estimate(self.now)
         name = self.pool.name
         taken = Snapshot(
@@ -313,7 +355,7 @@ class Fleet:
             if new[i] != g.group:
                 seen = g.tiers, g.group.capacity.max_running
                 g.serve(new[i], g.engine.kv_tokens)
-                g.engine.limits = self.policy.limits(new[i])
+                g.engine.limits = self._limits(n, new[i])
                 started = g.ledger.start()
                 self._started(g, started)
                 if g.tiers != seen[0]:
@@ -321,12 +363,26 @@ class Fleet:
                 if started or seen != (g.tiers, g.group.capacity.max_running):
                     self._news(g)
         if len(kept) == len(new) == len(n.groups):
-            return
+            return self._link(n)
         if not n.groups:  # nothing is given up: engines wake where none ran
             for group in wanted.layout.groups:
                 self._wake(n, group)
-            return
+            return self._link(n)
         self._flip(n, wanted, [g for i, g in n.groups.items() if i not in kept])
+
+    def _limits(self, n: _Node, group: Group) -> EngineLimits:
+        return replace(self.policy.limits(group), hands_over=bool(n.layout.hands_over(group)))
+
+    def _link(self, n: _Node) -> None:
+        """Ledgers that hand over look at those that take in."""
+        decode = tuple(g.ledger for g in n.groups.values() if g.group.role is Role.DECODE)
+        known = next((g.ledger.onward for g in n.groups.values() if g.ledger.onward is not None), None)
+        onward = (known if known is not None and known.ledgers == decode else Onward(decode)) if decode else None
+        for g in list(n.groups.values()):
+            way = onward if g.group.role is Role.PREFILL else None
+            if g.ledger.onward is not way:
+                g.ledger.hand_over_to(way)
+                self._started(g, g.ledger.start() if g.open else [])
 
     def _flip(self, n: _Node, wanted: NodePlan, ended: list[SimGroup]) -> None:
         """A's groups close; B's gather what comes from now on and open when A's engines have stopped and the pause is over."""
@@ -340,6 +396,7 @@ class Fleet:
         for group in wanted.layout.groups:
             if group.group_id not in n.groups:
                 self._place(n, group)
+        self._link(n)
         n.draining = [g for g in ended if g.lives] if wanted.mode is FlipMode.LET_FINISH else []
         for g in list(n.draining):
             for e in g.ledger.empty_queues():
@@ -404,7 +461,7 @@ class Fleet:
         self._open(self._place(n, group))
 
     def _place(self, n: _Node, group: Group) -> SimGroup:
-        engine = Engine(self.model.times[group.tp_size], self._kv(group), self.policy.limits(group))
+        engine = Engine(self.model.times[group.tp_size], self._kv(group), self._limits(n, group))
         g = SimGroup((n.node.agent_id, group.group_id), group, n.epoch, engine, Ledger(group.capacity, group.shares, engine.kv_tokens))
         g.serve(group, engine.kv_tokens if self.policy.planner else 0)
         n.groups[group.group_id] = g

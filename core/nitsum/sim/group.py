@@ -24,6 +24,10 @@ class Live:
     first_at: float = -1.0
     made: int = 0
     warm_at: str = ""
+    loads: bool = False
+    """That KV must be loaded from the node's store before it runs."""
+    starts: int = 0
+    """Of its submissions to engines: a load that ends for an older one is of no use."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +42,8 @@ class SimGroup:
     open: bool = False
     closing: bool = False
     due_at: float = -1.0
+    loaded_at: float = 0.0
+    """When the KV loads that are under way end; they share its links, so they go one after the other."""
     tiers: frozenset[str] = frozenset()
     lives: dict[str, Live] = field(default_factory=dict)
     """All that were submitted and have not left: running, queued, gathered."""
@@ -52,4 +58,5 @@ class SimGroup:
     def view(self) -> GroupView:
         """As its node would report it now."""
         running, queued = len(self.ledger.running), self.ledger.queued_total + len(self.gathered)
-        return GroupView(self.key, self.epoch, not self.closing, self.tiers, running, queued, self.group.capacity.max_running, self.closing)
+        capacity, role = self.group.capacity.max_running, self.group.role
+        return GroupView(self.key, self.epoch, not self.closing, self.tiers, running, queued, capacity, self.closing, role)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nitsum.layout import Group, Layout
-from nitsum.perf import FlipCost
+from nitsum.perf import FlipCost, KvLoad
 from nitsum.planner import Planner, PlannerSettings
 from nitsum.pool import Pool
 from nitsum.sim.engine import EngineLimits
@@ -33,4 +33,6 @@ class Policy:
     """Above 0: demand is not estimated but read from the traffic that comes in so many seconds."""
     limits: Callable[[Group], EngineLimits] = stock
     """The governor: how a group's engine sizes its batches, asked again at each new capacity."""
+    kv_load: KvLoad | None = None
+    """What a hand-over from a prefill group costs; None: the prompt is prefilled again."""
     note: str = ""

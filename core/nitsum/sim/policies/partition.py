@@ -96,7 +96,8 @@ def _ranked(s: Setting, demand: dict[str, TierDemand]) -> list[tuple[Part, ...]]
     return sorted(found, key=lambda p: (-found[p], len(p), str(p)))
 
 
-def best(s: Setting, traffic: Traffic, progress: Callable[[float], None]) -> RunResult:
+def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: str = NAME) -> RunResult:
+    """`name`: `apart` has stock engines."""
     seen = Foresight(s.pool.name, tuple(t.name for t in s.pool.tiers), traffic)(0.0, traffic.duration_s)
     results: list[tuple[int, tuple[Part, ...], RunResult]] = []
     tiers = {t.name: t for t in s.pool.tiers}
@@ -107,7 +108,7 @@ def best(s: Setting, traffic: Traffic, progress: Callable[[float], None]) -> Run
         tps = tuple(sorted({p.tp_size for p in parts}))
         pool = replace(s.pool, allowed_tp=tps, mode=AdaptationMode.FROZEN)
         # One engine per GPU: its memory is its own, whatever TP others have.
-        policy = governed(Policy(NAME, pool, s.flip_cost, tps if len(tps) == 1 else (), standing.plan, first, s.settings), s)
+        policy = governed(Policy(name, pool, s.flip_cost, tps if len(tps) == 1 else (), standing.plan, first, s.settings), s)
         result = Fleet(policy, s.nodes, s.model, traffic).run(lambda at: progress((len(results) * traffic.duration_s + at) / CANDIDATES))
         good = sum(not tiers[o.tier].background and met(tiers[o.tier], o) for o in result.outcomes)
         results.append((good, parts, result))

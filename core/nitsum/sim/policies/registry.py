@@ -15,9 +15,12 @@ from nitsum.sim.policies import Policy, governor, replicas, standing
 from nitsum.sim.policies.layouts import uniform
 from nitsum.topology import Node
 
-NAMES = ("plain-tpN", "static-tpN", "static-partition", "resplit-tpN", "replicas-tpN", "restart-tp", "nitsum", "nitsum@FLIP", "oracle")
+NAMES = (
+    *("plain-tpN", "aware-tpN", "apart", "static-tpN", "static-partition", "static-pd", "resplit-tpN", "replicas-tpN"),
+    *("restart-tp", "nitsum", "nitsum@FLIP", "oracle"),
+)
 """FLIP: what a flip costs: free, copy, recompute (as `nitsum` itself), or a pause like 30s."""
-SEARCHED = ("static-partition",)
+SEARCHED = ("static-partition", "apart", "static-pd")
 """Made from the traffic they will see."""
 RESTART_S = 30.0
 FORESIGHT_S = 10.0
@@ -118,7 +121,15 @@ def keeping(planner: Planner) -> Planner:
 
 
 SIMPLE: dict[str, Callable[[Setting, str], Policy]] = {"nitsum": _nitsum, "restart-tp": _restart, "oracle": _oracle}
-BY_TP: dict[str, Callable[[Setting, str, int], Policy]] = {"plain": _plain, "static": _static, "resplit": _resplit, "replicas": _replicas}
+BY_TP: dict[str, Callable[[Setting, str, int], Policy]] = {
+    "plain": _plain,
+    "aware": _static,
+    "static": _static,
+    "resplit": _resplit,
+    "replicas": _replicas,
+}
+STOCK = ("plain", "aware", "apart")
+"""Engines without our governor: the lower rungs of the paper's ladder."""
 
 
 def expand(text: str, s: Setting) -> tuple[str, ...]:
@@ -135,7 +146,9 @@ def expand(text: str, s: Setting) -> tuple[str, ...]:
 
 
 def governed(policy: Policy, s: Setting) -> Policy:
-    """With our governor in its engines, as all have that use our router and admission."""
+    """With our governor in its engines, unless it is one of STOCK."""
+    if policy.name.partition("-")[0] in STOCK:
+        return policy
     return replace(policy, limits=governor.sized(s.model, s.pool))
 
 
@@ -150,8 +163,7 @@ def build(name: str, s: Setting) -> Policy:
         raise InvalidSpec("policy", f"no policy {name!r}; there are {', '.join(NAMES)}")
     if int(match[2]) not in s.tps:
         raise InvalidSpec(f"policy {name}", f"TP {match[2]} is not legal here; legal are {', '.join(map(str, s.tps))}")
-    policy = BY_TP[match[1]](s, name, int(match[2]))
-    return policy if policy.planner is None else governed(policy, s)
+    return governed(BY_TP[match[1]](s, name, int(match[2])), s)
 
 
 def check(names: tuple[str, ...], s: Setting) -> None:

@@ -4,9 +4,10 @@ from dataclasses import replace
 from statistics import NormalDist
 
 from nitsum.demand import TierDemand
-from nitsum.layout import Capacity, Group, Layout, TierShare
-from nitsum.objective import mixture, safe_rate, strictest
+from nitsum.layout import Capacity, Group, Layout, Role, TierShare
+from nitsum.objective import mixture, strictest
 from nitsum.planner import NodePlan, Plan, Snapshot
+from nitsum.planner.roles import safe_of
 from nitsum.planner.v0 import PRIOR_RATE, QUEUE_PER_RUNNING
 
 Served = tuple[tuple[TierShare, ...], Capacity]
@@ -35,24 +36,25 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
     model = snapshot.step_times[pool.name]
     key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
     slo_tiers = sorted((t for t in pool.tiers if not t.background), key=key)
-    known: dict[tuple[int, tuple[str, ...]], Served] = {}
+    known: dict[tuple[int, tuple[str, ...], Role], Served] = {}
 
     def served(group: Group) -> Served:
         names = tuple(s.tier for s in group.shares)
-        if (group.tp_size, names) not in known:
+        key = group.tp_size, names, group.role
+        if key not in known:
             members = tuple(t for t in slo_tiers if t.name in names)
             load = mixture(tuple(demand[t.name] for t in members))
             rate, batch = 0.0, 0
             for level in range(len(members)):  # the strictest targets are given up one by one where they cannot be held
-                rate, _, batch = safe_rate(model, group.tp_size, load, strictest(members[level:]), pool.allowed_tp)
+                rate, _, batch = safe_of(group.role, model, group.tp_size, load, strictest(members[level:]), pool.allowed_tp)
                 if rate > 0:
                     break
             running, total = max(batch, 1), sum(demand[t.name].rate for t in members)
             shares = tuple(TierShare(n, round(demand[n].rate / total, 3) if any(t.name == n for t in members) else 0.0) for n in names)
             kv_tokens = model.kv_capacity_tokens(group.tp_size, pool.allowed_tp)
             capacity = Capacity(running, kv_tokens, round(rate * load.prompt, 1), running * QUEUE_PER_RUNNING + 8)
-            known[group.tp_size, names] = shares, capacity
-        return known[group.tp_size, names]
+            known[key] = shares, capacity
+        return known[key]
 
     nodes = []
     for n in sorted(snapshot.nodes, key=lambda n: n.node.agent_id):

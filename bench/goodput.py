@@ -1,0 +1,90 @@
+"""Goodput of every policy over mixes of recorded traces, loads and seeds: simulated, so every figure is modelled.
+
+usage: uv run python bench/goodput.py [--quick] [--traces DIR] [--jobs N] [--only tables,even,ladder] [--json FILE]
+
+The traces lie outside the repository: `--traces`, or NITSUM_TRACES. Results of single cells are kept under `--results`; a sweep that was
+cut off goes on there. Seeds are added until the standard error of nitsum's and the oracle's mean attainment is at most 1 %, four at most.
+"""
+
+import argparse
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import goodput_cells
+import goodput_mixes
+import goodput_tables
+from goodput_cells import Store, Unit
+from goodput_plans import Plan, plans
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PARTS = ("tables", "even", "ladder")
+
+
+def _one(unit: Unit, folder: Path, traces: Path | None) -> Unit:
+    """In a process of its own."""
+    goodput_cells.run(unit, Store(folder, traces), traces)
+    return unit
+
+
+def make(todo: list[Plan], store: Store, folder: Path, traces: Path | None, jobs: int) -> None:
+    """All cells that the plans want, in rounds: what a round shows may ask for more seeds or lower loads."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar, ProcessPoolExecutor(jobs) as workers:
+        while units := [u for plan in todo for u in plan.wanted(store)]:
+            task = bar.add_task("", total=len(units))
+            for done in as_completed([workers.submit(_one, u, folder, traces) for u in units]):
+                u = done.result()
+                what = f"{u.point.model}, {u.point.gpus} GPUs, {u.point.mix}, load {u.point.load:g}, seed {u.seed}"
+                bar.update(task, advance=1, description=what)
+                if not console.is_terminal:  # a log has no bar
+                    print(f"{bar.tasks[task].completed:.0f}/{len(units)}  {what}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="one model, four mixes, two loads, a minute each, one seed")
+    options.add_argument(
+        "--traces", type=Path, default=os.environ.get("NITSUM_TRACES"), metavar="DIR", help="folder of the recorded traces"
+    )
+    options.add_argument("--results", type=Path, default=Path(__file__).parent / "out" / "goodput", metavar="DIR")
+    options.add_argument("--jobs", type=int, default=1, help="processes")
+    options.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    options.add_argument("--json", type=Path, metavar="FILE")
+    args = options.parse_args()
+    parts = args.only.split(",")
+    if wrong := [p for p in parts if p not in PARTS]:
+        options.error(f"--only: {wrong[0]!r} is not one of {', '.join(PARTS)}")
+    traces = args.traces
+    if absent := goodput_mixes.missing(traces):
+        where = f"{traces} lacks {', '.join(absent)}" if traces else "neither --traces nor NITSUM_TRACES says where the recorded traces are"
+        print(f"NO TRACES: {where}; synthetic requests of the same mean lengths, Poisson, stand in for all of them", file=sys.stderr)
+        traces = None
+    origin = "recorded traces" if traces else "SYNTHETIC TRAFFIC"
+    tables, even, ladder = plans(args.quick)
+    todo = [*(tables if "tables" in parts else ()), *([even] if "even" in parts else ()), *([ladder] if "ladder" in parts else ())]
+    store = Store(args.results, traces)
+    make(todo, store, args.results, traces, args.jobs)
+    console = Console(width=None if Console().is_terminal else 200)
+    document: dict[str, Any] = {"origin": "modelled", "traffic": origin, "code": goodput_cells.digest(), "quick": args.quick}
+    if "tables" in parts:
+        found = [(plan, mix, goodput_tables.table_of(plan, mix, store)) for plan in tables for mix in plan.mixes]
+        for plan, mix, data in found:
+            console.print(goodput_tables.show(plan, mix, data, origin))
+        console.print(goodput_tables.summary(found))
+        document["tables"] = [{"model": p.model, "gpus": p.gpus, "mix": mix, "duration_s": p.duration_s} | data for p, mix, data in found]
+    for part, plan, of in (("even", even, goodput_tables.even), ("ladder", ladder, goodput_tables.ladder)):
+        if part in parts:
+            document[part], table = of(plan, store)  # type: ignore[operator]
+            console.print(table)
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

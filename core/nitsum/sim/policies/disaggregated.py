@@ -1,0 +1,82 @@
+"""`static-pd`: prefill and decode on groups of their own, one TP, on layouts that never change; the best ratio in hindsight.
+
+Every node has as many prefill groups: a request is handed over inside its node. Each (TP, ratio) is valued with the true mean demand of the
+whole workload, as the smaller of what its prefill and its decode groups can safely take, and the best CANDIDATES are simulated.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from nitsum.demand import TierDemand
+from nitsum.errors import InvalidSpec
+from nitsum.layout import Layout, Role
+from nitsum.objective import mixture, strictest
+from nitsum.perf import KvLoad
+from nitsum.planner.roles import safe_of
+from nitsum.pool import AdaptationMode
+from nitsum.sim.arrivals import Traffic
+from nitsum.sim.demand import Foresight
+from nitsum.sim.fleet import Fleet
+from nitsum.sim.metrics import met
+from nitsum.sim.policies import Policy, standing
+from nitsum.sim.policies.layouts import uniform
+from nitsum.sim.policies.registry import Setting, governed
+from nitsum.sim.result import RunResult
+from nitsum.sim.steptimes import QuickModel
+
+NAME = "static-pd"
+CANDIDATES = 6
+
+
+def split(layouts: Mapping[str, Layout], prefill: int) -> dict[str, Layout]:
+    """The first `prefill` groups of each node prefill, the others decode."""
+
+    def role(i: int) -> Role:
+        return Role.PREFILL if i < prefill else Role.DECODE
+
+    return {a: Layout(tuple(replace(g, role=role(i)) for i, g in enumerate(la.groups))) for a, la in layouts.items()}
+
+
+def _splits(s: Setting) -> Iterator[tuple[int, int, dict[str, Layout]]]:
+    """(TP, prefill groups of each node, layouts). A node whose groups all have one role could not hand over."""
+    for tp_size in s.tps:
+        layouts = uniform(s.pool, s.nodes, tp_size, f"policy {NAME}")
+        fewest = min((len(la.groups) for la in layouts.values() if la.groups), default=0)
+        for prefill in range(1, fewest):
+            yield tp_size, prefill, split(layouts, prefill)
+
+
+def _worth(s: Setting, model: QuickModel, demand: Mapping[str, TierDemand], tp_size: int, layouts: Mapping[str, Layout]) -> float:
+    """requests/s that its groups can take with the targets of as many tiers as earn most; the strictest are given up first."""
+    key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
+    tiers = sorted((t for t in s.pool.tiers if not t.background and demand[t.name].rate > 0), key=key)
+    load = mixture(tuple(demand[t.name] for t in tiers))
+    best = 0.0
+    for level in range(len(tiers)):
+        targets, held = strictest(tuple(tiers[level:])), sum(demand[t.name].rate for t in tiers[level:]) / load.rate
+        rates = {role: safe_of(role, model, tp_size, load, targets, (tp_size,))[0] for role in (Role.PREFILL, Role.DECODE)}
+        able = {role: rate * sum(g.role is role for la in layouts.values() for g in la.groups) for role, rate in rates.items()}
+        best = max(best, (min(*able.values(), load.rate) + 1e-3 * min(*able.values())) * held)
+    return best
+
+
+def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: str = NAME) -> RunResult:
+    """Raises InvalidSpec where no node has room for two groups."""
+    seen = {d.tier: d for d in Foresight(s.pool.name, tuple(t.name for t in s.pool.tiers), traffic)(0.0, traffic.duration_s)}
+    model, found = QuickModel(s.model), list(_splits(s))
+    if not found:
+        raise InvalidSpec(f"policy {name}", f"no node has room for a prefill and a decode group of TP {min(s.tps)}")
+    ranked = sorted(found, key=lambda c: (-_worth(s, model, seen, c[0], c[2]), c[:2]))[:CANDIDATES]
+    results: list[tuple[int, str, RunResult]] = []
+    tiers = {t.name: t for t in s.pool.tiers}
+    for tp_size, prefill, first in ranked:
+        pool = replace(s.pool, allowed_tp=(tp_size,), mode=AdaptationMode.FROZEN)
+        load = s.flip_cost if isinstance(s.flip_cost, KvLoad) else None
+        policy = governed(Policy(name, pool, s.flip_cost, (tp_size,), standing.plan, first, s.settings, kv_load=load), s)
+        at_share = lambda at: progress((len(results) * traffic.duration_s + at) / len(ranked))  # noqa: E731
+        result = Fleet(policy, s.nodes, s.model, traffic).run(at_share)
+        good = sum(not tiers[o.tier].background and met(tiers[o.tier], o) for o in result.outcomes)
+        decode = max(len(la.groups) for la in first.values()) - prefill
+        results.append((good, f"TP{tp_size}, {prefill} prefill and {decode} decode groups a node", result))
+    good, text, result = max(results, key=lambda r: r[0])
+    return replace(result, note=f"{text}; the best of {len(results)} that were simulated, chosen by their analytic value")
