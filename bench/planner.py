@@ -1,4 +1,4 @@
-"""How long a plan takes, one core: version 0, the slow plane (exact and greedy alone), the fast plane. Eight tiers, drifting demand.
+"""How long a plan takes, one core: the slow plane (exact and greedy alone), the fast plane. Eight tiers, drifting demand.
 
 `uv run python bench/planner.py [--quick] [--json FILE]`. CPU time, so that other work on the machine counts less; still read the ratios.
 """
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nitsum.demand import TierDemand
 from nitsum.perf.profile import load_shipped
-from nitsum.planner import NodeView, PlannerSettings, Snapshot, v0
+from nitsum.planner import NodeView, PlannerSettings, Snapshot
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.slow import SlowPlane
 from nitsum.planner.types import Planner
@@ -69,7 +69,6 @@ def main() -> None:
     args = options.parse_args()
     sizes, turns = ((64, 128), 10) if args.quick else ((64, 128, 1024, 10_000), 30)
     planners: dict[str, Planner] = {
-        "version 0": v0.plan,
         "slow plane, exact": SlowPlane(),
         "slow plane, greedy": SlowPlane(use_exact=False),
         "fast plane": FastPlane(),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from nitsum.layout import Group, Layout, Role
-from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger
+from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, kv_promise
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
@@ -160,7 +160,7 @@ class Node:
         left = max(s.sampling.max_new_tokens - s.resume_k, 1)
         admission = ADMISSIONS.get(s.admission, Admission.BEST_EFFORT)
         moved = s.resume_k > 0 and not s.suspect
-        entry = Entry(stream.rid, s.tier, admission, len(s.input_ids) + left, stream.arrived, stream.expires, s.suspect, moved)
+        entry = Entry(stream.rid, s.tier, admission, kv_promise(len(s.input_ids), left), stream.arrived, stream.expires, s.suspect, moved)
         answer = live.ledger.submit(entry, now)
         if isinstance(answer, Full):
             return self._refuse_stream(stream, Refused.REASON_FULL, "the group's queues are full", answer.retry_after_ms)

@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
+from nitsum.governor import batch_max, step_budget
 from nitsum.perf import StepTimeModel
 
 CHUNK = 8192
@@ -28,6 +29,10 @@ LIVES = 0.75
 """Variance of the batch as one request sees it over its life, relative to the variance at an instant."""
 BURST = 0.5
 """Of the others in a request's own burst: how many are prefilled after it, not with it."""
+EVEN = 0.3
+"""Least dispersion that one group of several can count on, however evenly routers spread what comes: their views are a second old."""
+SHARED = 0.75
+"""Power of the number of groups by which the wait for prefill falls; 1 if routers saw all there is to do."""
 SPREAD, CONVEX, TAIL = 1.35, 0.8, 1.5
 """Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
 MARGIN = 0.93
@@ -36,10 +41,8 @@ Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
 BUSY_MAX = 0.85
 """Share of the time that prefill may take: above it a little more load makes a long queue."""
-CHUNKS = tuple(round(64 * 2 ** (k / 2)) for k in range(15))
-"""Of the governor: 64 to 8,192 tokens."""
-SPARE = 1.25
-"""Prefill must keep up with more than the promised rate, or its queue never empties."""
+Points = tuple[tuple[float, float], ...]
+"""(value, share of requests)"""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ def _lognormal(x: float, mean: float, stddev: float) -> float:
 
 
 def _seen(busy: float, rush: float) -> float:
-    """Share of arrivals that find work before them: more than the share of time if they come in bursts (GI/M/1, gamma gaps)."""
+    """Share of arrivals that find work before them: more than the share of time if they come in bursts, less if they are spread evenly
+    (GI/M/1, gamma gaps)."""
     seen = busy
-    if rush > 1 and 0 < busy < 1:
+    if rush != 1 and 0 < busy < 1:
         for _ in range(20):
             seen = (1 + (1 - seen) * rush / busy) ** (-1 / rush)
     return seen
@@ -152,11 +156,15 @@ class Group:
     prompt: Lengths
     output: Lengths
     dispersion: float = 1.0
+    """Of all that comes to the groups that share it."""
     governed: bool = False
     guest: Lengths | None = None
     """Prompts of a stricter tier in the same group, which wait behind these."""
     resident_tp: tuple[int, ...] = ()
+    crowd: int = 1
+    """Groups alike among which routers spread what comes, the least loaded first: each sees less of bursts and of long prompts."""
     _decode: dict[int, float] = field(default_factory=dict)
+    _chunks: dict[float, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompts, self.outputs = self.prompt.points(), self.output.points()
@@ -169,7 +177,7 @@ class Group:
         self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own], self.prompt.tail)
         self.guests = self.guest.points() if self.guest else ()
         self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
-        kv = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
+        kv = self.kv_tokens = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
         self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
         self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
 
@@ -207,27 +215,30 @@ class Group:
                 high = steps
         return high, max(1 - rate * work - high * fixed, 0.0) / decode
 
-    def chunk(self, rate: float, batch: float, tpot_ms: float) -> int:
-        """Prefill tokens of a step beside `batch` decodes: as many as the TPOT allows, but enough to keep up with the rate."""
-        b = max(math.ceil(batch), 1)
-        steps = [(c, self.model.mixed_ms(self.tp_size, c, b, self.ctx)) for c in CHUNKS]
-        within = max((c for c, ms in steps if ms <= tpot_ms), default=CHUNKS[0])
-        enough = next((c for c, ms in steps if c / ms * 1e3 >= SPARE * rate * self.prompt.mean), CHUNKS[-1])
-        return max(within, enough)
+    def chunk(self, tpot_ms: float) -> int:
+        """Prefill tokens of a step beside decode, as plans give them to the governor."""
+        if tpot_ms not in self._chunks:
+            most = batch_max(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens)
+            self._chunks[tpot_ms] = step_budget(self.model, self.tp_size, most, self.ctx, tpot_ms)
+        return self._chunks[tpot_ms]
 
-    def _mixed(self, rate: float, batch: float, tpot_ms: float) -> "tuple[Prompts, tuple[tuple[float, float], ...]]":
-        """With the governor: what these prompts cost, and how long the guest's own take."""
+    def _mixed(self, batch: float, tpot_ms: float) -> "tuple[Prompts, tuple[tuple[float, float], ...], Points]":
+        """With the governor: what these prompts cost, how long the guest's own take, and how long their own.
+
+        Prompts share steps while others wait: one costs its part of a step, whatever it takes itself.
+        """
         b = max(round(1 + batch), 1)
-        chunk, alone = self.chunk(rate, 1 + batch + 2 * math.sqrt(batch), tpot_ms), self.decode(1 + batch)
+        chunk, alone = self.chunk(tpot_ms), self.decode(1 + batch)
         whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
 
         def took(p: float) -> float:
             rest = p % chunk
             return p // chunk * whole + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
 
-        own = [(took(p), w) for p, w in self.prompts]
-        stalls = [(max(t - math.ceil(p / chunk) * alone, 1e-6), w) for (t, w), (p, _) in zip(own, self.prompts, strict=True)]
-        return Prompts.of(own, stalls, self.prompt.tail), tuple((took(p), w) for p, w in self.guests)
+        own = [(p / chunk * whole, w) for p, w in self.prompts]
+        stalls = [(max(p / chunk * (whole - alone), 1e-6), w) for p, w in self.prompts]
+        each = tuple((took(p), w) for p, w in self.prompts)
+        return Prompts.of(own, stalls, self.prompt.tail), tuple((took(p), w) for p, w in self.guests), each
 
     def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
         """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
@@ -237,10 +248,10 @@ class Group:
         if not self.kv_fits or self.kv_batch < 1:
             return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
         batch, tpot, busy, sized = start, 0.0, 0.0, -1.0
-        prompts, guests = self.stock, self.stock_guests
+        prompts, guests, each = self.stock, self.stock_guests, self.stock.each
         for _ in range(40):  # monotone fixed point from below
             if mixed and batch > sized * 1.1 + 1:
-                prompts, guests = self._mixed(rate, batch, goal.tpot_ms or 0.0)
+                prompts, guests, each = self._mixed(batch, goal.tpot_ms or 0.0)
                 sized = batch
             if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
                 return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
@@ -256,7 +267,7 @@ class Group:
                 batch = max(grown, batch)
                 break
             batch = grown
-        rush = max(self.dispersion, 1.0)
+        rush = max(self.dispersion / self.crowd, EVEN)
         slope = self.decode(batch + 2) - self.decode(batch + 1)
         feedback = min(r * self.output.mean * slope / max(1 - busy, 0.03), 0.9)
         spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
@@ -264,7 +275,7 @@ class Group:
             return Point(0.0, 0.0, batch, spread, busy, "KV")
         shared = prefills / r * fixed if r > 0 else fixed
         waits = r * prompts.own if mixed else busy
-        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, prompts.each, fixed, mixed)
+        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, each, fixed, mixed)
         if guests:
             ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
         return Point(ttft, self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts), batch, spread, busy)
@@ -285,7 +296,8 @@ class Group:
             return 1.0
         served = prompts.own if mixed else prompts.stall
         cs2 = (prompts.own2 if mixed else prompts.stall2) / served**2 - 1
-        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) * TAIL + fixed / 2
+        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) * TAIL
+        tail = tail / self.crowd**SHARED + fixed / 2
         seen = _seen(busy, rush)
         share = 0.0
         for own, weight in each:
@@ -318,7 +330,7 @@ class Group:
             life = steps * tpot
             # A stall lasts while more arrive: as the busy period of a queue, hence the division.
             stalls = math.sqrt(r * life * stall2 * rush) / max(1 - busy, 0.03) / steps
-            burst = BURST * (rush - 1) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03) / steps
+            burst = BURST * max(rush - 1, 0.0) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03) / steps
             spread_ms = SPREAD * math.hypot(wide, stalls)
             mean = tpot + burst + CONVEX * spread_ms**2 / tpot
             share += weight * _lognormal(target, mean, spread_ms)
@@ -343,14 +355,14 @@ def binding_of(p: Point) -> str:
 def safe(group: Group, goal: Goal) -> Safe:
     """The largest rate at which the goal's share is met, within 1 %. Rate 0 where even a lone request misses a target."""
 
-    start = 0.0
+    held = Point(1.0, 1.0, 0.0, 0.0, 0.0)
 
     def misses(rate: float) -> Point | None:
-        nonlocal start
-        p = group.at(rate, goal, start)
+        nonlocal held
+        p = group.at(rate, goal, held.batch)
         if p.share < goal.share:
             return p
-        start = p.batch
+        held = p
         return None
 
     if (lone := misses(1e-3)) is not None:
@@ -368,6 +380,5 @@ def safe(group: Group, goal: Goal) -> Safe:
             high, broken = middle, p
         else:
             low = middle
-    p = group.at(low, goal, start)
-    batch = math.ceil(1 + p.batch + 2 * p.batch_stddev)
+    batch = math.ceil(1 + held.batch + 2 * held.batch_stddev)
     return Safe(MARGIN * low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))

@@ -64,8 +64,9 @@ class Window:
 @dataclass
 class _Tier:
     seconds: dict[str, float] = field(default_factory=dict)
-    arrivals: float = 0.0
-    squared: float = 0.0
+    arrivals: dict[str, float] = field(default_factory=dict)
+    """By gateway, as are the two around it."""
+    squared: dict[str, float] = field(default_factory=dict)
     at: float = 0.0
     in_flight: dict[str, int] = field(default_factory=dict)
     prompt: Sketch = field(default_factory=Sketch)
@@ -84,9 +85,10 @@ class DemandEstimator:
         t = self._tiers.setdefault((w.pool, w.tier), _Tier(at=w.end))
         factor = 0.5 ** (max(w.end - t.at, 0.0) / self.half_life_s)
         t.at = max(t.at, w.end)
-        t.arrivals, t.squared = t.arrivals * factor + w.arrivals, t.squared * factor + w.arrivals_squared
         t.seconds = {g: s * factor for g, s in t.seconds.items() if s * factor > 1e-3}
-        t.seconds[w.gateway] = t.seconds.get(w.gateway, 0.0) + w.seconds
+        t.arrivals, t.squared = ({g: n * factor for g, n in of.items() if g in t.seconds} for of in (t.arrivals, t.squared))
+        for of, new in ((t.seconds, w.seconds), (t.arrivals, float(w.arrivals)), (t.squared, w.arrivals_squared)):
+            of[w.gateway] = of.get(w.gateway, 0.0) + new
         t.in_flight[w.gateway] = w.in_flight
         # Lengths change slower than rates, and a quiet tier should still know its own.
         for sketch, (buckets, zeros, total) in ((t.prompt, w.prompt), (t.output, w.output)):
@@ -103,15 +105,14 @@ class DemandEstimator:
         seconds = max(t.seconds.values(), default=0.0)
         if seconds <= 0:
             return TierDemand(pool, tier, 0.0, observed_at=t.at)
-        rate = t.arrivals / seconds
-        # Index of dispersion of one-second counts; the CV of the gaps is its square root for a renewal process, in the long run.
-        variance = max(t.squared / seconds - rate**2, 0.0)
+        arrivals = sum(t.arrivals.values())
+        rate = arrivals / seconds
         return TierDemand(
             pool,
             tier,
             rate,
-            math.sqrt(max(t.arrivals, 1.0)) / seconds,
-            math.sqrt(variance / rate) if rate > 0 else 1.0,
+            math.sqrt(max(arrivals, 1.0)) / seconds,
+            math.sqrt(self._dispersion(t, rate, seconds)) if rate > 0 else 1.0,
             t.prompt.mean,
             t.prompt.quantile(0.9),
             t.output.mean,
@@ -119,6 +120,17 @@ class DemandEstimator:
             float(sum(t.in_flight.values())),
             t.at,
         )
+
+    @staticmethod
+    def _dispersion(t: _Tier, rate: float, seconds: float) -> float:
+        """Variance over mean of one-second counts; the CV of the gaps is its square root for a renewal process, in the long run.
+
+        A gateway that sees the part p of the arrivals, at random, has counts of variance p^2 (variance - mean) + p mean.
+        """
+        rates = {g: n / seconds for g, n in t.arrivals.items()}
+        excess = sum(t.squared.get(g, 0.0) / seconds - r**2 - r for g, r in rates.items())
+        parts = sum((r / rate) ** 2 for r in rates.values())
+        return max(1 + excess / parts / rate, 0.0)
 
     def estimate(self, now: float) -> tuple[TierDemand, ...]:
         """Sorted by pool and tier."""

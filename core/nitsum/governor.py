@@ -10,8 +10,6 @@ from nitsum.perf import StepTimeModel
 
 CHUNK_MIN = 64
 """Of a budget: a step's fixed part would be paid too often for less."""
-SPARE = 1.25
-"""Prefill must keep up with more than the promised rate, or its queue never empties."""
 CHUNK_MAX = 8192
 """Prefill tokens of a step that nothing waits for."""
 PAGE = 16
@@ -72,14 +70,26 @@ def prefill_budget(
     return low * page
 
 
-def step_budget(
-    model: StepTimeModel, tp_size: int, batch: int, ctx: int, tpot_ms: float, prefill_tokens_per_s: float, chunk_max: int = CHUNK_MAX
-) -> int:
-    """`prefill_budget`, but enough for prefill to keep up with the rate that the group's capacity promises, and never below CHUNK_MIN."""
+def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
+    """Most requests that may run so that a step of theirs that also carries its part of prefill ends within `tpot_ms`; at least 1.
+
+    Where requests of `prompt` and `output` tokens (means) come as fast as they end, b decodes go with b x prompt / output of prefill.
+    """
+    ctx = max(int(prompt + output / 2), 1)
+
+    def fits(b: int) -> bool:
+        return model.mixed_ms(tp_size, min(max(round(b * prompt / output), 1), CHUNK_MAX), b, ctx) <= tpot_ms
+
+    low, high = 1, max(int(kv_tokens / (prompt + output)), 1)
+    if fits(high):
+        return high
+    while high - low > 1:  # high does not fit; low does, or is one
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def step_budget(model: StepTimeModel, tp_size: int, batch: int, ctx: int, tpot_ms: float, chunk_max: int = CHUNK_MAX) -> int:
+    """`prefill_budget` beside as many as may run (`batch_max`: then prefill keeps up as well), never below CHUNK_MIN."""
     within = prefill_budget(model, tp_size, batch, ctx, tpot_ms, chunk_max=chunk_max)
-    if not within:
-        return 0
-    chunk = max(within, CHUNK_MIN)
-    while chunk < chunk_max and chunk / model.mixed_ms(tp_size, chunk, batch, ctx) * 1e3 < SPARE * prefill_tokens_per_s:
-        chunk = min(2 * chunk, chunk_max)
-    return chunk
+    return max(within, CHUNK_MIN) if within else 0

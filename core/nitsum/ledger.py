@@ -8,6 +8,7 @@ capacity does. New work pays for that by waiting until the group is within its c
 """
 
 import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,9 +23,21 @@ class Admission(IntEnum):
     BACKGROUND = 2
 
 
+NEW_TOKENS_MAX, NEW_TOKENS_RATIO = 4096, 0.3
+"""Of the output that a client allows: the first as SGLang's scheduler counts it, the second within what its estimate moves (0.7 to 0.1)."""
+
+
+def kv_promise(held: int, left: int) -> int:
+    """KV tokens that a request counts with: `held` so far, and what of the `left` that its client allows it is expected to make.
+
+    Clients allow far more than is made. Where too many make more, the engine itself retracts some.
+    """
+    return held + math.ceil(min(left, NEW_TOKENS_MAX) * NEW_TOKENS_RATIO)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """`kv_tokens`: what it holds at its end, at most. `expires`: when it stops waiting."""
+    """`kv_tokens`: see `kv_promise`. `expires`: when it stops waiting."""
 
     rid: str
     tier: str
@@ -185,7 +198,8 @@ class Ledger:
         if not self._held(entry) and not self._blocked(entry) and not (ahead and self._startable()):
             self._run(entry)
             return Admitted()
-        if self.queued_total >= self.queued_max * (2 if entry.moved else 1):  # bounded, but new work gives way first
+        before = sum(map(len, self._queues[: entry.admission + 1]))  # what waits behind it does not keep it out
+        if before >= self.queued_max * (2 if entry.moved else 1):  # bounded, but new work gives way first
             wait_ms = int(1e3 * self._finish_gap_s * (self.queued_total + 1))
             return Full(min(max(wait_ms, RETRY_AFTER_MS[0]), RETRY_AFTER_MS[1]))
         bisect.insort(self._queues[entry.admission], entry, key=lambda e: e.arrived)

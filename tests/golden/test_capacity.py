@@ -15,7 +15,6 @@ from nitsum.attainment import Goal, Group, Lengths, safe
 from nitsum.perf.profile import load_shipped
 from nitsum.sim.arrivals import synthetic
 from nitsum.sim.engine import Engine, EngineLimits, Happened, Seq
-from nitsum.sim.policies.governor import CHUNKS, CTX, SPARE
 from nitsum.sim.steptimes import StepTimes
 from nitsum.sim.workload import Length, Synthetic
 
@@ -48,13 +47,11 @@ def lengths(mean: float, cv: float) -> Lengths:
     return Lengths(mean, mean * math.exp(1.2816 * sigma - sigma**2 / 2))
 
 
-def chunk(c: Case, batch: int, rate: float) -> int | None:
-    """As the simulator's governor sizes it."""
+def chunk(c: Case) -> int | None:
+    """As plans size it."""
     if not c.governed or c.tpot_ms is None:
         return None
-    steps = [(n, TIMES[c.tp_size].mixed([(n, 0)], max(batch, 1), CTX)) for n in CHUNKS]
-    within = max((n for n, ms in steps if ms <= c.tpot_ms), default=CHUNKS[0])
-    return max(within, next((n for n, ms in steps if n / ms * 1e3 >= SPARE * rate * c.prompt[0]), CHUNKS[-1]))
+    return Group(MODEL, c.tp_size, lengths(*c.prompt), lengths(*c.output), resident_tp=RESIDENT).chunk(c.tpot_ms)
 
 
 def attained(c: Case, rate: float, requests: int, mixed: int | None) -> float:
@@ -86,7 +83,7 @@ def attained(c: Case, rate: float, requests: int, mixed: int | None) -> float:
 def safe_rate(c: Case) -> tuple[float, int | None]:
     prompt, output = lengths(*c.prompt), lengths(*c.output)
     found = safe(Group(MODEL, c.tp_size, prompt, output, c.cv**2, c.governed, None, RESIDENT), c.goal)
-    return found.rate, chunk(c, found.batch, found.rate)
+    return found.rate, chunk(c)
 
 
 def simulated_rate(c: Case, guess: float, mixed: int | None, requests: int) -> float:
@@ -103,7 +100,13 @@ def simulated_rate(c: Case, guess: float, mixed: int | None, requests: int) -> f
 
 
 def grid(tps: tuple[int, ...], targets: tuple[tuple[float | None, float | None], ...]) -> Iterator[Case]:
-    shapes = (((1000, 0.8), (200, 1.0)), ((4000, 1.0), (300, 0.8)), ((200, 0.5), (400, 0.5)), ((2000, 0), (100, 0)))
+    shapes = (
+        ((1000, 0.8), (200, 1.0)),
+        ((4000, 1.0), (300, 0.8)),
+        ((200, 0.5), (400, 0.5)),
+        ((2000, 0), (100, 0)),
+        ((120, 0.8), (30, 0.8)),
+    )
     for tp, (prompt, output), cv, (ttft, tpot), governed in itertools.product(tps, shapes, (1.0, 2.0), targets, (False, True)):
         if not governed or tpot is not None:
             yield Case(tp, prompt, output, cv, ttft, tpot, governed)

@@ -75,7 +75,7 @@ def test_groups_follow_demand() -> None:
 
 
 def test_a_looser_tier_borrows_only_where_the_strict_one_keeps_its_slo() -> None:
-    p = replace(pool(8), allowed_tp=(1,))
+    p = replace(pool(8, (replace(TIERS[0], weight=8), *TIERS[1:])), allowed_tp=(1,))
     nodes = applied(fleet(1), SlowPlane()(snapshot(p, fleet(1), {"chat": 20.0, "agents": 60.0}), 0.0))
     s = snapshot(p, nodes, {"chat": 20.0, "agents": 170.0})
     plan = FastPlane()(s, 0.0)

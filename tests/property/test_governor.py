@@ -2,10 +2,11 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nitsum.governor import Room, prefill_budget, room
+from nitsum.governor import CHUNK_MIN, Room, batch_max, prefill_budget, room, step_budget
 from nitsum.perf.profile import Profile, load_shipped, parse, shipped
 
 PROFILES = [load_shipped(name) for name in shipped()]
@@ -98,3 +99,17 @@ def test_no_target_no_budget_and_the_issues_own_figure() -> None:
     one, full, four = (prefill_budget(model, tp, batch, 2048, 20) for tp, batch in ((1, 8), (1, 128), (4, 8)))
     assert 16 < full < 128 < 512 < one < 1024 < four
     assert prefill_budget(model, 1, 200, 2048, 20) == 16, "decode alone is too slow: prefill still goes on"
+
+
+@pytest.mark.parametrize(
+    ("tp", "prompt", "output", "tpot_ms"), [(1, 1000, 200, 20), (2, 500, 200, 12), (4, 8000, 300, 40), (1, 100, 30, 40)]
+)
+def test_as_many_run_as_keep_up_with_their_own_prefill_within_tpot(tp: int, prompt: int, output: int, tpot_ms: float) -> None:
+    model, ctx = load_shipped("llama-3.1-8b-instruct.h100_sxm"), prompt + output // 2
+    b = batch_max(model, tp, prompt, output, tpot_ms, 10**6)
+    chunk = step_budget(model, tp, b, ctx, tpot_ms)
+    assert model.mixed_ms(tp, max(round(b * prompt / output), 1), b, ctx) <= tpot_ms
+    assert model.mixed_ms(tp, chunk, b, ctx) <= tpot_ms or chunk == CHUNK_MIN
+    assert chunk >= b * prompt / output - 16, "prefill falls behind"
+    assert model.mixed_ms(tp, round((b + 1) * prompt / output), b + 1, ctx) > tpot_ms, "one more would fit"
+    assert batch_max(model, tp, prompt, output, tpot_ms, prompt + output) == 1, "KV"

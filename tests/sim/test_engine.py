@@ -128,15 +128,16 @@ class PerStep:
 
     def step(self) -> bool:
         budget = self.limits.chunk
+        beside = self.limits.mixed_tokens is not None and 0 < len(self.running) < budget  # else they take turns
         if self.limits.mixed_tokens is not None and self.running:
-            budget = min(budget, self.limits.mixed_tokens)
+            budget = min(budget - len(self.running) if beside else budget, self.limits.mixed_tokens)
         batch = self.admit(budget) if budget else []
         b = len(self.running)
         ctx = sum(r.prompt + r.made - 1 for r in self.running) / b + 1 if b else 0.0
         if batch:
             parts = [(n, before) for _, n, before in batch]
             free = self.kv - sum(r.prompt + r.made - 1 for r in self.running) - sum(r.filled for r, _, _ in batch)
-            mixed = self.limits.mixed_tokens is not None and b > 0 and free >= b
+            mixed = beside and free >= b
             self.now += (self.times.mixed(parts, b, ctx) if mixed else self.times.prefill_batch(parts)) / 1e3
             if mixed:
                 self.decode()

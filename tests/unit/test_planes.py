@@ -94,7 +94,7 @@ def test_labels_follow_demand_between_its_answers(monkeypatch: pytest.MonkeyPatc
     assert asked == 1
     planes.planes.interval_s = 1e9
     monkeypatch.setattr(nitsum.planner.planes, "MOVED", 1e9)
-    again, asked = planes(taken(node, 3, pool, chat=4, agents=45, batch=1), 3)
+    again, asked = planes(taken(node, 3, pool, chat=4, agents=250, batch=1), 3)
     assert asked == 0
 
     def of(p: Plan, tier: str) -> int:
@@ -133,13 +133,13 @@ def test_what_would_help_is_said_of_tiers_that_are_short() -> None:
 def test_a_corrected_profile_is_another_one() -> None:
     planes = Counted()
     model = Corrected(H100)
-    first, _ = planes(taken(NODE, 0, model=model.fixed(0), chat=20), 0)
+    first, _ = planes(taken(NODE, 0, model=model.fixed(0), chat=400), 0)
     node = applied(first)
     before = first.pools[0].tiers[0].safe_rate
     for i in range(200):
         batch = 1 + i % 32
         model.observe(StepTiming(1, 0, batch, 1000, 2 * H100.decode_ms(1, batch, 1000)))
-    plan, asked = planes(taken(node, 1, model=model.fixed(1), chat=20), 1)
+    plan, asked = planes(taken(node, 1, model=model.fixed(1), chat=400), 1)
     assert asked == 1
     assert plan.pools[0].tiers[0].safe_rate < before
     assert "corrected by 200 timings" in plan.pools[0].reasons[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from nitsum.attainment import Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
+from nitsum.governor import batch_max, step_budget
 from nitsum.perf import StepTimeModel
 
 REMEMBERED_MAX = 8192
@@ -66,6 +67,7 @@ class Capacity:
         self.governed = governed
         self._known: OrderedDict[tuple[object, ...], Safe] = OrderedDict()
         self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
+        self._sizes: OrderedDict[tuple[object, ...], tuple[int, int]] = OrderedDict()
         self.left: int | None = None
 
     def of(
@@ -78,14 +80,17 @@ class Capacity:
         resident: tuple[int, ...],
         guest: tuple[float, float] | None = None,
         partly: bool = False,
+        crowd: int = 1,
     ) -> Safe:
         """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
+
+        `crowd`: groups among which routers spread what comes, so that each sees less of the bursts.
 
         `partly`: near targets that cannot be held, more requests meet them at a rate at which many do not: that counts. The second try
         is what would hold without bursts, so that of TPs of which none holds the nearest is preferred.
         """
         rest = version(model), tp_size, goal, resident, guest, partly
-        key, last = (*rest, m), (*rest, tier)
+        key, last = (*rest, m, crowd), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
                 self._latest[last] = m, found
@@ -94,11 +99,11 @@ class Capacity:
             return before[1]
         prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
-        group = Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident)
+        group = Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident, crowd)
         found = safe(group, goal)
         held = found.rate
         for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
-            group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident)
+            group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident, crowd)
             some = safe(group, replace(goal, share=min(goal.share, HALF)))
             if part * some.rate > found.rate:
                 found = Safe(part * some.rate, found.binding, some.batch, held)
@@ -109,3 +114,16 @@ class Capacity:
             while len(known) > REMEMBERED_MAX:
                 known.popitem(last=False)
         return found
+
+    def size(
+        self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...]
+    ) -> tuple[int, int]:
+        """(requests that may run, prefill tokens of a step beside them) so that steps end within `tpot_ms`; see `governor.batch_max`."""
+        prompt, output = rounded(prompt, STEP), rounded(output, STEP)
+        key = version(model), tp_size, prompt, output, tpot_ms, resident
+        if key not in self._sizes:
+            most = batch_max(model, tp_size, prompt, output, tpot_ms, model.kv_capacity_tokens(tp_size, resident))
+            self._sizes[key] = most, step_budget(model, tp_size, most, int(prompt + output / 2), tpot_ms)
+            if len(self._sizes) > REMEMBERED_MAX:
+                self._sizes.popitem(last=False)
+        return self._sizes[key]

@@ -8,23 +8,15 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nitsum.governor import step_budget
 from nitsum.layout import Capacity as Limits
 from nitsum.layout import Group, Layout, TierShare
-from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT
+from nitsum.planner.capacity import Capacity
+from nitsum.planner.limits import limits_of
 from nitsum.planner.place import Placed
 from nitsum.planner.question import PoolQuestion
 from nitsum.planner.serve import Serving
 from nitsum.planner.types import NodePlan, NodeView, Plan, PoolPlan, Snapshot
 from nitsum.residency import Residency, ResidentEngine
-
-QUEUE_PER_RUNNING = 4
-"""Waiting requests that a group may hold for each running one."""
-ROOM = 1.5
-"""Limits over what is safe for one group alone: groups that share their tiers' arrivals take more than that, and limits that are too tight
-shed what would have been served in time."""
-SHELTERED, SHARE_MIN = 1e-3, 2e-3
-"""Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ def _affordable(d: Decided, snapshot: Snapshot) -> tuple[Placed, ...]:
     return tuple(found)
 
 
-def compose(decided: list[Decided], snapshot: Snapshot, resident: bool = True) -> Plan:
+def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resident: bool = True) -> Plan:
     """`resident` False: which engines are warm stays as it is."""
     names = {p.name for p in snapshot.pools}
     decided = [replace(d, placed=_affordable(d, snapshot)) for d in decided]
@@ -92,7 +84,7 @@ def compose(decided: list[Decided], snapshot: Snapshot, resident: bool = True) -
             kept = n.layout.groups if agent_id in late else tuple(g for g in n.layout.groups if g.pool in names)
             nodes.append(NodePlan(agent_id, n.residency, Layout(kept)))
             continue
-        groups = [_group(d, p, n, snapshot, limits) for d, p in by_node[agent_id]]
+        groups = [_group(d, p, n, snapshot, limits, capacity) for d, p in by_node[agent_id]]
         nodes.append(
             NodePlan(
                 agent_id,
@@ -110,6 +102,7 @@ def _group(
     n: NodeView,
     snapshot: Snapshot,
     known: dict[tuple[str, int, tuple[str, ...]], tuple[tuple[TierShare, ...], Limits]],
+    capacity: Capacity,
 ) -> Group:
     uuids = tuple(g.uuid for g in p.gpus)
     runs = next((g for g in n.layout.groups if g.pool == p.pool and g.gpu_uuids == uuids), None)
@@ -124,7 +117,7 @@ def _group(
         return replace(runs, shares=shares)
     assert d.serving is not None
     if (key := (p.pool, len(uuids), p.tiers)) not in known:
-        known[key] = _limits(d.q, d.serving, len(uuids), p.tiers, snapshot)
+        known[key] = limits_of(d.q, d.serving, len(uuids), p.tiers, snapshot, capacity)
     shares, limits = known[key]
     name = engine_id(d.q, p.gpus[0].index, len(uuids))
     if runs is not None:
@@ -134,53 +127,6 @@ def _group(
 
 def _groups_of(snapshot: Snapshot, pool: str) -> list[tuple[str, Group]]:
     return [(n.node.agent_id, g) for n in snapshot.nodes for g in n.layout.groups if g.pool == pool]
-
-
-def _limits(
-    q: PoolQuestion, serving: Serving, tp_size: int, tiers: tuple[str, ...], snapshot: Snapshot
-) -> tuple[tuple[TierShare, ...], Limits]:
-    """Of each group of this kind: shares by flow; limits as its tiers' own, weighted by what they use of it."""
-    covered = serving.covered
-    # A tier that no group can hold the targets of, or that no group is left for, rides along everywhere.
-    along = [t.name for t in q.slo_tiers if t.name not in covered]
-    loosest = not q.slo_tiers or not tiers or q.slo_tiers[-1].name in tiers or q.slo_tiers[-1].name not in covered
-    if loosest:
-        along += q.background
-    kv_tokens = snapshot.step_times[q.pool.name].kv_capacity_tokens(tp_size, q.tps)
-    meant = tuple(t for t in tiers if t not in serving.sheltered) or tiers  # who is only taken in has no say in the limits
-    k = serving.kind(tp_size, meant)
-    kind = serving.asked.kinds[k] if k is not None else None
-    flows = {t: serving.answer.flows.get((k, t), 0.0) for t in meant} if k is not None else {}
-    total = sum(flows.values())
-    own = [t for t in tiers if t in flows and t not in serving.sheltered]
-    shares = tuple(TierShare(t, max(round(flows[t] / total, 3), SHARE_MIN) if total > 0 else round(1 / len(own), 3)) for t in own)
-    shares += tuple(TierShare(t, SHELTERED) for t in tiers if t in serving.sheltered)
-    shares += tuple(TierShare(t, 0.0) for t in dict.fromkeys(along))
-    if kind is None or not kind.rates:
-        return shares, Limits(0, kv_tokens, 0.0, 0)
-    able = [(t, rate, batch) for t, rate, batch in zip(kind.tiers, kind.rates, kind.batches, strict=True) if rate > 0]
-    if not able:  # it cannot hold their targets: one at a time is the best it can do
-        return shares, Limits(1, kv_tokens, 0.0, QUEUE_PER_RUNNING + 8)
-    uses = {t: max(flows[t] / rate, 1e-9) for t, rate, _ in able}
-    parts = [(uses[t] / sum(uses.values()), rate, batch, q.demand[t].prompt_tokens_mean) for t, rate, batch in able]
-    running = max(round(ROOM * sum(u * batch for u, _, batch, _ in parts)), 1)
-    rate = sum(u * rate for u, rate, _, _ in parts)
-    prefill = round(sum(u * rate * prompt for u, rate, _, prompt in parts), 1)
-    tpot_ms = min((t.tpot_ms for t in q.slo_tiers if t.name in uses and t.tpot_ms is not None), default=0.0)
-    lengths = {t: (q.demand[t].prompt_tokens_mean or PRIOR_PROMPT) + (q.demand[t].output_tokens_mean or PRIOR_OUTPUT) / 2 for t in uses}
-    ctx = round(sum(u * lengths[t] for (u, *_), (t, *_) in zip(parts, able, strict=True)))
-    chunk = step_budget(snapshot.step_times[q.pool.name], tp_size, running, ctx, tpot_ms, prefill)
-    return shares, Limits(running, kv_tokens, prefill, _queue(q, tiers, rate, running), chunk)
-
-
-def _queue(q: PoolQuestion, tiers: tuple[str, ...], rate: float, running: int) -> int:
-    """As many as are started within the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
-
-    Groups so slow that this is hardly one keep a queue by what runs: there is little to protect.
-    """
-    ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in tiers and t.ttft_ms is not None), default=None)
-    within = ROOM * rate * ttft_ms / 1e3 if ttft_ms is not None else 0.0
-    return round(within) if within >= 2 else running * QUEUE_PER_RUNNING + 8
 
 
 def _residency(mine: list[tuple[Decided, Placed]], n: NodeView, groups: list[Group]) -> Residency:

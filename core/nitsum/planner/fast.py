@@ -41,4 +41,4 @@ class FastPlane:
             asleep = stale(pool.name, snapshot, now)
             decided.append(Decided(q, tuple(placed) if asleep else serving.placed, serving, plan, asleep))
         self._capacity.left = None
-        return compose(decided, snapshot, resident=False)
+        return compose(decided, snapshot, self._capacity, resident=False)

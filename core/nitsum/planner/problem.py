@@ -28,10 +28,12 @@ class Want:
     rate: float
     target: float
     weight: float
+    surge_max: float = 1e4
+    """Multiple of the rate beyond which more capacity is worth nothing."""
 
     def pieces(self) -> tuple[tuple[float, float], ...]:
         """(width in requests/s, worth of one, weight included); worth falls from piece to piece, so filling them in order is optimal."""
-        ends = ((self.target, REACH), (1.0, REST), *SURGES)
+        ends = ((self.target, REACH), (1.0, REST), *((min(end, self.surge_max), worth) for end, worth in SURGES))
         starts = (0.0, *(end for end, _ in ends))
         return tuple((self.rate * (end - start), self.weight * worth) for (end, worth), start in zip(ends, starts, strict=False))
 

@@ -7,7 +7,8 @@ from statistics import NormalDist
 from nitsum.attainment import Goal
 from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode, Group
-from nitsum.planner.capacity import Capacity, mark
+from nitsum.perf import StepTimeModel
+from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark
 from nitsum.planner.place import Running
 from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
 from nitsum.planner.types import NodeView, Snapshot
@@ -15,6 +16,7 @@ from nitsum.pool import Pool, Tier
 
 PRIOR_RATE = 0.05
 """requests/s assumed of a tier nobody has asked for yet: enough to tell a layout that could serve it from one that could not."""
+BATCH = 32
 MIXED_MAX = 3
 """Neighbouring tiers that may share groups, unless all do: more sorts of groups cost time and gain nothing."""
 
@@ -142,6 +144,18 @@ def goal_of(tier: Tier, members: tuple[Tier, ...] = ()) -> tuple[Goal, str]:
     return Goal(tier.ttft_ms, tpot, share, guest.ttft_ms), guest.name
 
 
+def work(d: TierDemand, model: StepTimeModel, tp_size: int) -> float:
+    """Of a group's time, what a tier takes at a moderate batch; only compared with that of other tiers."""
+    prompt, output = d.prompt_tokens_mean or PRIOR_PROMPT, d.output_tokens_mean or PRIOR_OUTPUT
+    decode_ms = model.decode_ms(tp_size, BATCH, int(prompt + output / 2)) / BATCH
+    return d.rate * (model.prefill_ms(tp_size, max(int(prompt), 1)) + output * decode_ms)
+
+
+def _crowd(groups: int, part: float) -> int:
+    """Groups among which the arrivals of tiers are spread that make this part of the work; a power of 2, so as not to tremble."""
+    return 1 << max(int(groups * part + 0.25).bit_length() - 1, 0)
+
+
 def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
     """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers."""
     pool, tiers = question.pool, question.slo_tiers
@@ -157,11 +171,15 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
     prompts = {n: (m.prompt, m.prompt_ratio) for n, m in marks.items()}
     found = []
     for tp_size in question.tps if tps is None else tps:
+        works = {t.name: work(question.demand[t.name], model, tp_size) for t in tiers}
         for sharing in shared:
+            crowd = _crowd(question.budget // tp_size, sum(works[t] for t, _, _ in sharing) / sum(works.values()))
             safe = [
-                capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1)
+                capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, crowd)
                 for t, goal, guest in sharing
             ]
+            if len(sharing) > 1 and not all(s.rate for s in safe):
+                continue  # fewer share it as well
             names = tuple(t for t, _, _ in sharing)
             rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
             found.append(Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None))

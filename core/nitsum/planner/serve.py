@@ -11,8 +11,19 @@ from functools import cached_property
 
 from nitsum.planner import greedy
 from nitsum.planner.place import Placed, Running, Slot, labelled
-from nitsum.planner.problem import Answer, Class, Counts, Kind, Problem, value, wins
+from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
+
+EVEN_MIN = 0.75
+"""Of a tier's mean flow per group: a kind through whose groups less flows is not meant for it."""
+APART = 0.95
+"""Of the score of shared groups, which counts on flows that nothing enforces once tiers are short."""
+NARROWED_LOSS = 0.02
+"""Of the score that may be given up for it."""
+NARROWED_MAX = 4
+"""Rounds; each leaves fewer."""
+SURGE_MAX = 4.0
+"""Multiple of a tier's demand up to which groups are labelled for it alone; those beyond are for all, whichever comes."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,47 @@ class Serving:
         exact = next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
         return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, tp_size, tiers)
 
+    def _groups(self, k: int) -> int:
+        return sum(n for (_, of), n in self.answer.counts.items() if of == k)
+
+    def used(self, k: int) -> float:
+        """Part of the time of a group of this kind that demand takes."""
+        kind, groups = self.asked.kinds[k], self._groups(k)
+        total = 0.0
+        for w in self.asked.wants:
+            if groups and (flow := self.answer.flows.get((k, w.tier), 0.0)) > 0:
+                total += flow / kind.rate(w.tier) / groups * min(w.rate / self.answer.safe[w.pool, w.tier], 1.0)
+        return min(total, 1.0)
+
+
+def _short(asked: Problem, answer: Answer) -> set[str]:
+    return {w.tier for w in asked.wants if answer.served[w.pool, w.tier] < SHORT * w.rate}
+
+
+def _narrowed(asked: Problem, counts: Counts) -> Counts:
+    """Routers spread a tier evenly over all groups that are meant for it. Where much less of it shall flow than that, the group is not: its
+    other tiers would pay for what comes too much. Groups that no demand needs stay as they are."""
+    index = {(k.tp_size, k.tiers): i for i, k in enumerate(asked.kinds)}
+    only = replace(asked, wants=tuple(replace(w, surge_max=1.0) for w in asked.wants))
+    for _ in range(NARROWED_MAX):
+        flows = value(only, counts, "").flows
+        groups: Counter[int] = Counter()
+        for (_, k), n in counts.items():
+            groups[k] += n
+        mean = {
+            w.tier: sum(f for (_, t), f in flows.items() if t == w.tier) / max(sum(groups[k] for (k, t) in flows if t == w.tier), 1)
+            for w in asked.wants
+        }
+        found: Counter[tuple[int, int]] = Counter()
+        for (c, k), n in counts.items():
+            kind = asked.kinds[k]
+            tiers = tuple(t for t in kind.tiers if flows.get((k, t), 0.0) > EVEN_MIN * mean[t] * groups[k])
+            found[c, index.get((kind.tp_size, tiers), k)] += n
+        if found == counts:
+            break
+        counts = dict(found)
+    return counts
+
 
 def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
     """For groups that no demand needs: as many tiers as one group can hold the targets of, loosest first."""
@@ -41,30 +93,56 @@ def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
     return max(some, key=lambda i: (len(kinds[i].tiers), i), default=None)
 
 
-def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float) -> Serving:
-    """`placed`: the pool's groups with the tiers they serve now (or shall, for those that are new)."""
+def _asked(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed]) -> tuple[Problem, Counts]:
+    """The pool's groups by width, each width a class of its own, and what they serve now as counts."""
     name, widths = q.pool.name, Counter(len(p.gpus) for p in placed)
     tps = sorted(widths)
     mine = tuple(k for k in kinds if k.pool == name and k.tp_size in widths)
     classes = tuple(Class(widths[tp], tp, frozenset({name}), {tp: 1}) for tp in tps)
-    asked = Problem(tuple(wants(q)), mine, classes, {name: sum(tp * n for tp, n in widths.items())})
-    if not q.slo_tiers or not mine:
-        return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
+    demand = tuple(replace(w, surge_max=SURGE_MAX) for w in wants(q))
     now: Counts = {}
     for (tp_size, tiers), n in Counter((len(p.gpus), p.tiers) for p in placed).items():
         if (k := nearest(mine, name, tp_size, tiers)) is not None:
             key = tps.index(tp_size), k
             now[key] = now.get(key, 0) + n
+    return Problem(demand, mine, classes, {name: sum(tp * n for tp, n in widths.items())}), now
+
+
+def as_labelled(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed]) -> Serving:
+    """For groups whose tiers are given: only flows and limits follow demand."""
+    asked, now = _asked(q, kinds, placed)
+    return Serving(tuple(placed), asked, value(asked, now, "as it serves"))
+
+
+def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float, anew: bool = False) -> Serving:
+    """`placed`: the pool's groups with the tiers they serve now. `anew`: those labels have no claim to stay."""
+    asked, now = _asked(q, kinds, placed)
+    name, mine, tps = q.pool.name, asked.kinds, [c.gpus for c in asked.classes]
+    widths = {c.gpus: c.nodes for c in asked.classes}
+    if not q.slo_tiers or not mine:
+        return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
     chosen = value(asked, now, "as it serves")
-    if any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
+    if anew:
+        chosen = greedy.solve(asked)
+    elif any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = greedy.solve(asked)
         chosen = best if wins(asked, best, chosen, gain_min) else chosen
+    short = _short(asked, chosen)
+    if short and len(q.slo_tiers) > 1:
+        # Where not all can be served, nothing keeps what tiers share from those that come most: each has its own groups.
+        alone = tuple(k if len(k.tiers) == 1 else replace(k, rates=(0.0,) * len(k.rates)) for k in mine)
+        apart = greedy.solve(replace(asked, kinds=alone))
+        spared = all(w.tier in short or apart.served[w.pool, w.tier] >= SHORT * w.rate for w in asked.wants)
+        chosen = apart if spared and apart.score > APART * chosen.score else chosen
     counts = dict(chosen.counts)
     for c, tp_size in enumerate(tps):
         idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)
         if idle and (k := _whole(mine, tp_size)) is not None:
             counts[c, k] = counts.get((c, k), 0) + idle
     answer = value(asked, counts, chosen.by) if counts != chosen.counts else chosen
+    apart = value(asked, _narrowed(asked, counts), chosen.by)
+    if _short(asked, apart) <= _short(asked, answer) and apart.score >= (1 - NARROWED_LOSS) * answer.score:
+        counts, answer = dict(apart.counts), apart
     running: Running = {p.key: p.tiers for p in placed}
     found: list[Placed] = []
     for c, tp_size in enumerate(tps):

@@ -70,7 +70,7 @@ class SlowPlane:
         used = set(barred) | {g.uuid for d in decided for p in d.placed for g in p.gpus}
         for k in kept:
             decided.append(self._keep(k, snapshot, used, stale(k.q.pool.name, snapshot, now)))
-        return compose(sorted(decided, key=lambda d: d.q.pool.name), snapshot)
+        return compose(sorted(decided, key=lambda d: d.q.pool.name), snapshot, self._capacity)
 
     def _keep(self, kept: _Kept, snapshot: Snapshot, used: set[str], asleep: bool) -> Decided:
         """What runs, repaired; `used` grows by what is filled. Also says what a pool that may not change would do."""
@@ -162,7 +162,7 @@ class SlowPlane:
         decided = []
         for q in moves:
             mine = [p for p in placed if p.pool == q.pool.name]
-            serving = self._flowing(serve(q, asked.kinds, mine, gain_min))
+            serving = self._flowing(serve(q, asked.kinds, mine, gain_min, anew=change))
             decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change)))
         return decided
 

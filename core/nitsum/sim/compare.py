@@ -7,12 +7,14 @@ from typing import Any
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.fleet import Fleet
 from nitsum.sim.metrics import policy_figures
-from nitsum.sim.policies import disaggregated, partition, registry
+from nitsum.sim.policies import disaggregated, oracle, partition, registry
 from nitsum.sim.policies.registry import Setting
 from nitsum.sim.result import RunResult
 
 Progress = Callable[[str, float], None]
 """(policy, simulated second)"""
+
+SEARCHED = {partition.NAME: partition.best, "apart": partition.best, disaggregated.NAME: disaggregated.best, oracle.NAME: oracle.best}
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,12 @@ class Comparison:
 
 def run(names: tuple[str, ...], setting: Setting, traffic: Traffic, progress: Progress = lambda name, second: None) -> Comparison:
     """Raises InvalidSpec for a policy that there is not, before anything runs."""
-    policies = [name if name in registry.SEARCHED else registry.build(name, setting) for name in names]
+    policies = [name if name in SEARCHED else registry.build(name, setting) for name in names]
     results = {}
     for name, policy in zip(names, policies, strict=True):
         said = lambda second, name=name: progress(name, second)  # noqa: E731
         if isinstance(policy, str):
-            search = disaggregated.best if name == disaggregated.NAME else partition.best
-            results[name] = search(setting, traffic, said, name)
+            results[name] = SEARCHED[policy](setting, traffic, said, name)
         else:
             results[name] = Fleet(policy, setting.nodes, setting.model, traffic).run(said)
     return Comparison(setting, traffic, results)

@@ -15,6 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from nitsum import governor
 from nitsum.sim.steptimes import StepTimes
 
 RATIO_INIT, RATIO_MIN, RATIO_DECAY_STEPS = 0.7, 0.7 * 0.14, 600
@@ -210,15 +211,15 @@ class Engine:
     def _plan(self, now: float) -> None:
         """Chooses what runs next."""
         self._since, self._mixed = now, False
-        budget = self.limits.chunk
-        if self.limits.mixed_tokens is not None and self.running:
-            budget = min(self.limits.mixed_tokens, budget)
+        # As the plugin does in real engines.
+        beside = governor.room(self.limits.mixed_tokens or 0, len(self.running), self.limits.chunk)
+        budget = beside.tokens
         self._parts = self._admit(budget) if budget and (self._cut or self.waiting) else []
         if self._parts:
             self._work = _Work.PREFILL
             parts = [(n, seq.filled - n) for seq, n in self._parts]
             b = len(self.running)
-            if self.limits.mixed_tokens is not None and b and self._room() >= b:
+            if beside.mixed and self._room() >= b:
                 self._mixed = True
                 took = self.times.mixed(parts, b, self._ctx())
             else:

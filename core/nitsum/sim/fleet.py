@@ -14,7 +14,7 @@ from itertools import count
 from nitsum import routing
 from nitsum.demand_estimate import DemandEstimator
 from nitsum.layout import FlipMode, Group, Layout, Role
-from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Onward
+from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Onward, kv_promise
 from nitsum.perf import StepTimeModel
 from nitsum.planner import NodePlan, NodeView, Snapshot
 from nitsum.residency import Residency
@@ -61,6 +61,7 @@ class _Node:
 
 class Fleet:
     def __init__(self, policy: Policy, nodes: Iterable[Node], model: StepTimeModel, traffic: Traffic, gateways: int = 2) -> None:
+        self.planner = policy.planner() if policy.planner else None
         self.policy, self.pool, self.model, self.traffic = policy, policy.pool, QuickModel(model), traffic
         self.nodes = {n.agent_id: _Node(n) for n in sorted(nodes, key=lambda n: n.agent_id)}
         tiers = tuple(t.name for t in self.pool.tiers)
@@ -187,7 +188,14 @@ class Fleet:
             return self._feed(live, routing.Refused(c.hop, fatal="longer than the KV of this group"))
         left = max(r.max_new - live.made, 1)
         entry = Entry(
-            live.rid, r.tier, ADMISSIONS[c.admission], r.prompt + live.made + left, r.arrived, self.now + QUEUE_S, False, live.made > 0
+            live.rid,
+            r.tier,
+            ADMISSIONS[c.admission],
+            kv_promise(r.prompt + live.made, left),
+            r.arrived,
+            self.now + QUEUE_S,
+            False,
+            live.made > 0,
         )
         live.group = g
         if not g.open:
@@ -313,12 +321,12 @@ class Fleet:
     def _cycle(self, seconds: float) -> None:
         """What the operator does each second: reports in, plan out."""
         policy = self.policy
-        assert policy.planner is not None
+        assert self.planner is not None
         for gateway in self.gateways:
             for w in gateway.windows(self.now, seconds) if seconds else ():
                 self.estimator.observe(w)
-        flipping = any(n.wanted is not None for n in self.nodes.values())
-        self.estimator.freeze(self.pool.name, self.now, [t.name for t in self.pool.tiers] if flipping else ())
+        changing = (g for n in self.nodes.values() if n.wanted for g in (*n.ending.values(), *n.groups.values()))
+        self.estimator.freeze(self.pool.name, self.now, {t for g in changing if g.closing or not g.open for t in g.tiers})
         for g in list(self._all()):
             if g.ledger.queued_total:
                 self._expire(g)
@@ -330,7 +338,7 @@ class Fleet:
         taken = Snapshot(
             (self.pool,), tuple(map(self._view, self.nodes.values())), demand, {name: self.model}, {name: policy.flip_cost}, policy.settings
         )
-        for wanted in policy.planner(taken, self.now).nodes:
+        for wanted in self.planner(taken, self.now).nodes:
             self._apply(self.nodes[wanted.agent_id], wanted)
         self._check()
         self._at(self.now + policy.interval_s, lambda: self._cycle(policy.interval_s))

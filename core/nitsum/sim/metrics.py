@@ -21,6 +21,12 @@ def met(tier: Tier, o: Outcome) -> bool:
     return in_ttft and (tier.tpot_ms is None or o.tpot_ms is None or o.tpot_ms <= tier.tpot_ms)
 
 
+def met_all(pool: Pool, result: RunResult) -> int:
+    """Requests that met every SLO, of tiers that have one."""
+    tiers = {t.name: t for t in pool.tiers if not t.background}
+    return sum(o.tier in tiers and met(tiers[o.tier], o) for o in result.outcomes)
+
+
 def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 

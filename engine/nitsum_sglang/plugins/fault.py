@@ -1,9 +1,10 @@
 """Dies at a named point, once: for tests that kill an engine where it hurts.
 
 The point's name stands in NITSUM_FAULT, or in the file `fault` of the engine's state folder, which may be written while it runs and is
-removed as it fires.
+removed as it fires. One file may be linked into the folders of several engines: the first that comes by empties it for all.
 """
 
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -20,9 +21,12 @@ def visit(point: FaultPoint) -> None:
         done.touch()
     else:
         try:
-            if armed.read_text().strip() != point:
-                return
-            armed.unlink()  # every rank comes by; the first one dies, and the others with it
+            with armed.open("r+") as f:
+                fcntl.flock(f, fcntl.LOCK_EX)
+                if f.read().strip() != point:
+                    return
+                f.truncate(0)
+            armed.unlink(missing_ok=True)  # every rank comes by; the first one dies, and the others with it
         except FileNotFoundError:
             return
     os.kill(os.getpid(), signal.SIGKILL)

@@ -17,10 +17,11 @@ from nitsum.pool import AdaptationMode
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.demand import Foresight
 from nitsum.sim.fleet import Fleet
-from nitsum.sim.metrics import met
-from nitsum.sim.policies import Policy, standing
+from nitsum.sim.metrics import met_all
+from nitsum.sim.policies import Policy
 from nitsum.sim.policies.layouts import uniform
-from nitsum.sim.policies.registry import Setting, governed
+from nitsum.sim.policies.registry import Setting, with_engines
+from nitsum.sim.policies.standing import Standing
 from nitsum.sim.result import RunResult
 from nitsum.sim.steptimes import QuickModel
 
@@ -68,15 +69,13 @@ def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: 
         raise InvalidSpec(f"policy {name}", f"no node has room for a prefill and a decode group of TP {min(s.tps)}")
     ranked = sorted(found, key=lambda c: (-_worth(s, model, seen, c[0], c[2]), c[:2]))[:CANDIDATES]
     results: list[tuple[int, str, RunResult]] = []
-    tiers = {t.name: t for t in s.pool.tiers}
     for tp_size, prefill, first in ranked:
         pool = replace(s.pool, allowed_tp=(tp_size,), mode=AdaptationMode.FROZEN)
         load = s.flip_cost if isinstance(s.flip_cost, KvLoad) else None
-        policy = governed(Policy(name, pool, s.flip_cost, (tp_size,), standing.plan, first, s.settings, kv_load=load), s)
+        policy = with_engines(Policy(name, pool, s.flip_cost, (tp_size,), Standing, first, s.settings, kv_load=load))
         at_share = lambda at: progress((len(results) * traffic.duration_s + at) / len(ranked))  # noqa: E731
         result = Fleet(policy, s.nodes, s.model, traffic).run(at_share)
-        good = sum(not tiers[o.tier].background and met(tiers[o.tier], o) for o in result.outcomes)
         decode = max(len(la.groups) for la in first.values()) - prefill
-        results.append((good, f"TP{tp_size}, {prefill} prefill and {decode} decode groups a node", result))
-    good, text, result = max(results, key=lambda r: r[0])
+        results.append((met_all(s.pool, result), f"TP{tp_size}, {prefill} prefill and {decode} decode groups a node", result))
+    _, text, result = max(results, key=lambda r: r[0])
     return replace(result, note=f"{text}; the best of {len(results)} that were simulated, chosen by their analytic value")

@@ -19,7 +19,8 @@ class Part:
 
 
 def _group(pool: Pool, gpus: tuple[Gpu, ...], tiers: tuple[str, ...]) -> Group:
-    engine_id = f"{pool.name.replace('/', '.')}-tp{len(gpus)}-{gpus[0].index}"  # as the planner names it, so that it knows it again
+    mark = f"-{pool.checkpoint}" if pool.checkpoint else ""
+    engine_id = f"{pool.name.replace('/', '.')}-tp{len(gpus)}-{gpus[0].index}{mark}"  # as the planner names it, so that it knows it again
     shares = tuple(TierShare(t, 1 / len(tiers)) for t in sorted(tiers))
     return Group(engine_id, engine_id, pool.name, pool.model, len(gpus), tuple(g.uuid for g in gpus), shares=shares)
 

@@ -14,10 +14,11 @@ from nitsum.pool import AdaptationMode, Tier
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.demand import Foresight
 from nitsum.sim.fleet import Fleet
-from nitsum.sim.metrics import met
-from nitsum.sim.policies import Policy, standing
+from nitsum.sim.metrics import met_all
+from nitsum.sim.policies import Policy
 from nitsum.sim.policies.layouts import Part, partition
-from nitsum.sim.policies.registry import Setting, governed
+from nitsum.sim.policies.registry import Setting, with_engines
+from nitsum.sim.policies.standing import Standing
 from nitsum.sim.result import RunResult
 from nitsum.sim.steptimes import QuickModel
 
@@ -100,7 +101,6 @@ def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: 
     """`name`: `apart` has stock engines."""
     seen = Foresight(s.pool.name, tuple(t.name for t in s.pool.tiers), traffic)(0.0, traffic.duration_s)
     results: list[tuple[int, tuple[Part, ...], RunResult]] = []
-    tiers = {t.name: t for t in s.pool.tiers}
     for parts in _ranked(s, {d.tier: d for d in seen}):
         first = partition(s.pool, s.nodes, parts)
         if first is None:
@@ -108,13 +108,12 @@ def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: 
         tps = tuple(sorted({p.tp_size for p in parts}))
         pool = replace(s.pool, allowed_tp=tps, mode=AdaptationMode.FROZEN)
         # One engine per GPU: its memory is its own, whatever TP others have.
-        policy = governed(Policy(name, pool, s.flip_cost, tps if len(tps) == 1 else (), standing.plan, first, s.settings), s)
+        policy = with_engines(Policy(name, pool, s.flip_cost, tps if len(tps) == 1 else (), Standing, first, s.settings))
         result = Fleet(policy, s.nodes, s.model, traffic).run(lambda at: progress((len(results) * traffic.duration_s + at) / CANDIDATES))
-        good = sum(not tiers[o.tier].background and met(tiers[o.tier], o) for o in result.outcomes)
-        results.append((good, parts, result))
+        results.append((met_all(s.pool, result), parts, result))
         if len(results) == CANDIDATES:
             break
     assert results, "not even one group for all tiers fits"
-    good, parts, result = max(results, key=lambda r: r[0])
+    _, parts, result = max(results, key=lambda r: r[0])
     text = ", ".join(f"{p.count} x TP{p.tp_size} for {'+'.join(p.tiers)}" for p in parts)
     return replace(result, note=f"{text}; the best of {len(results)} that were simulated, chosen by their analytic value")

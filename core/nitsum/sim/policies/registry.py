@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from nitsum.errors import InvalidSpec
 from nitsum.layout import FlipMode
 from nitsum.perf import FlipCost, StepTimeModel
-from nitsum.planner import Planner, PlannerSettings
-from nitsum.planner.v0 import plan
+from nitsum.planner import Plan, Planner, PlannerSettings, Snapshot
+from nitsum.planner.planes import Planes
 from nitsum.pool import AdaptationMode, Pool
 from nitsum.quantity import duration_ms
-from nitsum.sim.policies import Policy, governor, replicas, standing
+from nitsum.sim.policies import Policy, governed, replicas
 from nitsum.sim.policies.layouts import uniform
+from nitsum.sim.policies.standing import Standing
 from nitsum.topology import Node
 
 NAMES = (
@@ -20,10 +21,9 @@ NAMES = (
     *("restart-tp", "nitsum", "nitsum@FLIP", "oracle"),
 )
 """FLIP: what a flip costs: free, copy, recompute (as `nitsum` itself), or a pause like 30s."""
-SEARCHED = ("static-partition", "apart", "static-pd")
+SEARCHED = ("static-partition", "apart", "static-pd", "oracle")
 """Made from the traffic they will see."""
 RESTART_S = 30.0
-FORESIGHT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Setting:
     nodes: tuple[Node, ...]
     model: StepTimeModel
     flip_cost: FlipCost
-    planner: Planner = plan
+    planner: Callable[[], Planner] = Planes
     settings: PlannerSettings = PlannerSettings()
 
     @property
@@ -66,7 +66,7 @@ def _plain(s: Setting, name: str, tp_size: int) -> Policy:
 
 def _static(s: Setting, name: str, tp_size: int) -> Policy:
     first = uniform(s.pool, s.nodes, tp_size, f"policy {name}")
-    return Policy(name, _fixed(s, tp_size, AdaptationMode.FROZEN), s.flip_cost, (tp_size,), standing.plan, first, s.settings)
+    return Policy(name, _fixed(s, tp_size, AdaptationMode.FROZEN), s.flip_cost, (tp_size,), Standing, first, s.settings)
 
 
 def _resplit(s: Setting, name: str, tp_size: int) -> Policy:
@@ -76,7 +76,7 @@ def _resplit(s: Setting, name: str, tp_size: int) -> Policy:
 
 def _replicas(s: Setting, name: str, tp_size: int) -> Policy:
     first = replicas.first(s.pool, s.nodes, tp_size, f"policy {name}")
-    planner = replicas.Replicas(s.pool, s.nodes, tp_size)
+    planner = lambda: replicas.Replicas(s.pool, s.nodes, tp_size)  # noqa: E731
     pool, note = _fixed(s, tp_size, AdaptationMode.ACTIVE), f"a replica of another tier takes {RESTART_S:g} s to start"
     return Policy(name, pool, FixedPause(RESTART_S * 1e3), (tp_size,), planner, first, s.settings, note=note)
 
@@ -103,24 +103,22 @@ def _restart(s: Setting, name: str) -> Policy:
     return Policy(name, pool, FixedPause(RESTART_S * 1e3), (), s.planner, None, s.settings, note=f"a change of TP takes {RESTART_S:g} s")
 
 
-def _oracle(s: Setting, name: str) -> Policy:
-    settings = replace(s.settings, cooldown_s=0.0, gain_min=0.0, headroom_quantile=0.5, flips_at_once_max=10**6)
-    note = f"our planner, told the true demand of the coming {FORESIGHT_S:g} s; switches are free and keep KV; its search is our planner's"
-    pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
-    return Policy(name, pool, FixedPause(0.0), s.tps, keeping(s.planner), None, settings, foresight_s=FORESIGHT_S, note=note)
+def keeping(made: Callable[[], Planner]) -> Callable[[], Planner]:
+    """Planners whose flips carry the KV along."""
+
+    def make() -> Planner:
+        planner = made()
+
+        def planned(snapshot: Snapshot, now: float) -> Plan:
+            found = planner(snapshot, now)
+            return replace(found, nodes=tuple(replace(n, mode=FlipMode.MIGRATE_FIRST) for n in found.nodes))
+
+        return planned
+
+    return make
 
 
-def keeping(planner: Planner) -> Planner:
-    """Its flips carry the KV along."""
-
-    def planned(snapshot: object, now: float) -> object:
-        found = planner(snapshot, now)  # type: ignore[arg-type]
-        return replace(found, nodes=tuple(replace(n, mode=FlipMode.MIGRATE_FIRST) for n in found.nodes))
-
-    return planned  # type: ignore[return-value]
-
-
-SIMPLE: dict[str, Callable[[Setting, str], Policy]] = {"nitsum": _nitsum, "restart-tp": _restart, "oracle": _oracle}
+SIMPLE: dict[str, Callable[[Setting, str], Policy]] = {"nitsum": _nitsum, "restart-tp": _restart}
 BY_TP: dict[str, Callable[[Setting, str, int], Policy]] = {
     "plain": _plain,
     "aware": _static,
@@ -145,25 +143,23 @@ def expand(text: str, s: Setting) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def governed(policy: Policy, s: Setting) -> Policy:
+def with_engines(policy: Policy) -> Policy:
     """With our governor in its engines, unless it is one of STOCK."""
-    if policy.name.partition("-")[0] in STOCK:
-        return policy
-    return replace(policy, limits=governor.sized(s.model, s.pool))
+    return policy if policy.name.partition("-")[0] in STOCK else replace(policy, limits=governed)
 
 
 def build(name: str, s: Setting) -> Policy:
     """Raises InvalidSpec."""
     if name in SIMPLE:
-        return governed(SIMPLE[name](s, name), s)
+        return with_engines(SIMPLE[name](s, name))
     if name.startswith("nitsum@"):
-        return governed(_nitsum_at(s, name, name.removeprefix("nitsum@")), s)
+        return with_engines(_nitsum_at(s, name, name.removeprefix("nitsum@")))
     match = re.fullmatch(r"([a-z]+)-tp([0-9]+)", name)
     if match is None or match[1] not in BY_TP:
         raise InvalidSpec("policy", f"no policy {name!r}; there are {', '.join(NAMES)}")
     if int(match[2]) not in s.tps:
         raise InvalidSpec(f"policy {name}", f"TP {match[2]} is not legal here; legal are {', '.join(map(str, s.tps))}")
-    return governed(BY_TP[match[1]](s, name, int(match[2])), s)
+    return with_engines(BY_TP[match[1]](s, name, int(match[2])))
 
 
 def check(names: tuple[str, ...], s: Setting) -> None:

@@ -14,8 +14,8 @@ from nitsum.objective import mixture, safe_rate, strictest
 from nitsum.perf import StepTimeModel
 from nitsum.planner import NodePlan, Plan, Snapshot
 from nitsum.pool import Pool
-from nitsum.sim.policies import standing
 from nitsum.sim.policies.layouts import uniform
+from nitsum.sim.policies.standing import Standing
 from nitsum.topology import Node
 
 THROUGHPUT_S, LOAD_S = 180.0, 5.0
@@ -24,7 +24,7 @@ OVERLOAD, SPARE = 1.0, 0.7
 
 
 def _for_tier(group: Group, tier: str, others: tuple[str, ...]) -> Group:
-    name = f"{group.engine_id.rpartition('@')[0] or group.engine_id}@{tier}"
+    name = f"{tier}@{group.engine_id.rpartition('@')[2]}"
     return replace(group, group_id=name, engine_id=name, shares=tuple(TierShare(t, 1.0) for t in sorted((tier, *others))))
 
 
@@ -41,7 +41,7 @@ def _assign(pool: Pool, layouts: Mapping[str, Layout], counts: Mapping[str, int]
     groups = [(a, g) for a, layout in sorted(layouts.items()) for g in layout.groups]
     chosen: dict[int, str] = {}
     for i, (_, g) in enumerate(groups):
-        tier = g.engine_id.rpartition("@")[2] if "@" in g.engine_id else ""
+        tier = g.engine_id.rpartition("@")[0]
         if left.get(tier, 0) > 0:
             chosen[i], left[tier] = tier, left[tier] - 1
     for i in range(len(groups)):
@@ -68,6 +68,7 @@ class Replicas:
 
     def __init__(self, pool: Pool, nodes: Sequence[Node], tp_size: int) -> None:
         self.pool, self.tp_size = pool, tp_size
+        self._standing = Standing()
         self.seen: dict[str, list[TierDemand]] = {}
         self.scaled_at = self.looked_at = 0.0
 
@@ -93,11 +94,11 @@ class Replicas:
         if wanted != counts:
             layouts = _assign(self.pool, layouts, wanted)
         nodes = tuple(replace(n, layout=layouts[n.node.agent_id]) for n in snapshot.nodes)
-        served = standing.plan(replace(snapshot, nodes=nodes), now)
+        served = self._standing(replace(snapshot, nodes=nodes), now)
         return Plan("replicas", tuple(NodePlan(n.agent_id, n.residency, n.layout, FlipMode.LET_FINISH) for n in served.nodes), ())
 
     def _counts(self, layouts: Mapping[str, Layout]) -> dict[str, int]:
-        of = [g.engine_id.rpartition("@")[2] for la in layouts.values() for g in la.groups]
+        of = [g.engine_id.rpartition("@")[0] for la in layouts.values() for g in la.groups]
         return {t: of.count(t) for t in _judged(self.pool)[0]}
 
     def _replicas(self, model: StepTimeModel, d: TierDemand | None) -> float:

@@ -1,0 +1,79 @@
+"""Shares and limits of a group: what its node admits, so that overload is shed at once and what runs keeps its targets."""
+
+from nitsum.layout import Capacity as Limits
+from nitsum.layout import TierShare
+from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity
+from nitsum.planner.question import PoolQuestion
+from nitsum.planner.serve import Serving
+from nitsum.planner.types import Snapshot
+
+QUEUE_PER_RUNNING = 4
+"""Waiting requests that a group may hold for each running one."""
+SHELTERED, SHARE_MIN = 1e-3, 2e-3
+"""Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
+MIXED_MIN = 0.1
+"""Of a tier's use of its groups: routers do not know flows, so some of each tier that a group serves comes to it."""
+PATIENCE = 0.75
+"""Of the TTFT that may pass in a queue: the request's own prefill comes after it."""
+FILLED = 0.8
+"""Part of a group's time that background may fill up: its prompts go in turn with the others'."""
+NO_TPOT_MS = 200.0
+"""Of a step, where no tier says how long it may last."""
+ROOM = 1.5
+"""Running requests over those at the safe rate, where no TPOT limits them: groups that share arrivals take more than one alone."""
+
+
+def limits_of(
+    q: PoolQuestion, serving: Serving, tp_size: int, tiers: tuple[str, ...], snapshot: Snapshot, capacity: Capacity
+) -> tuple[tuple[TierShare, ...], Limits]:
+    """Of each group of this kind: shares by flow; limits by the mixture of its tiers and their tightest targets."""
+    covered = serving.covered
+    # A tier that no group can hold the targets of, or that no group is left for, rides along everywhere. Background goes where the loosest
+    # tier does, on what that leaves.
+    along = [t.name for t in q.slo_tiers if t.name not in covered]
+    loosest = not q.slo_tiers or not tiers or q.slo_tiers[-1].name in tiers or q.slo_tiers[-1].name not in covered
+    model = snapshot.step_times[q.pool.name]
+    kv_tokens = model.kv_capacity_tokens(tp_size, q.tps)
+    known = tuple(t for t in tiers if t not in serving.sheltered) or tiers  # who is only taken in has no say in the limits
+    k = serving.kind(tp_size, known)
+    kind = serving.asked.kinds[k] if k is not None else None
+    flows = {t: serving.answer.flows.get((k, t), 0.0) for t in known} if k is not None else {}
+    own = [t.name for t in q.slo_tiers if t.name in known and t.name not in serving.sheltered]
+    total = sum(flows[t] for t in own)
+    shares = tuple(TierShare(t, max(round(flows[t] / total, 3), SHARE_MIN) if total > 0 else round(1 / len(own), 3)) for t in own)
+    shares += tuple(TierShare(t, SHELTERED) for t in tiers if t in serving.sheltered)
+    shares += tuple(TierShare(t, 0.0) for t in dict.fromkeys(along))
+    if kind is None or k is None or not kind.rates:
+        return (*shares, *(TierShare(t, 0.0) for t in q.background)), Limits(0, kv_tokens, 0.0, 0)
+    able = [(t, rate, batch) for t, rate, batch in zip(kind.tiers, kind.rates, kind.batches, strict=True) if rate > 0 and t in own]
+    if not able:  # it cannot hold their targets: one at a time is the best it can do
+        return (*shares, *(TierShare(t, SHELTERED, 1) for t in q.background if loosest)), Limits(1, kv_tokens, 0.0, QUEUE_PER_RUNNING + 8)
+    busy = sum(flows.get(t, 0.0) / rate for t, rate, _ in able) or 1.0
+    uses = {t: max(flows.get(t, 0.0) / rate / busy, MIXED_MIN) for t, rate, _ in able}
+    uses = {t: u / sum(uses.values()) for t, u in uses.items()}
+    rates = {t: uses[t] * rate for t, rate, _ in able}
+    rate = sum(rates.values())
+    prompt = sum(r * (q.demand[t].prompt_tokens_mean or PRIOR_PROMPT) for t, r in rates.items()) / rate
+    output = sum(r * (q.demand[t].output_tokens_mean or PRIOR_OUTPUT) for t, r in rates.items()) / rate
+    running = max(round(ROOM * sum(uses[t] * batch for t, _, batch in able)), 1)
+    tpot_ms = min((t.tpot_ms for t in q.slo_tiers if t.name in own and t.tpot_ms is not None), default=None)
+    chunk, prefill = 0, round(rate * prompt, 1)
+    if tpot_ms is not None:
+        running, chunk = capacity.size(model, tp_size, prompt, output, tpot_ms, q.tps)
+    if loosest:
+        spare = max(FILLED - serving.used(k), 0.0) / max(len(q.background), 1)
+        for t in q.background:
+            of = q.demand[t].prompt_tokens_mean or PRIOR_PROMPT, q.demand[t].output_tokens_mean or PRIOR_OUTPUT
+            most, _ = capacity.size(model, tp_size, *of, tpot_ms or NO_TPOT_MS, q.tps)
+            shares += (TierShare(t, SHELTERED, max(round(spare * most), 1)),)
+    ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in own and t.ttft_ms is not None), default=None)
+    return shares, Limits(running, kv_tokens, prefill, queue(rate, ttft_ms, running), chunk)
+
+
+def queue(rate: float, ttft_ms: float | None, running: int) -> int:
+    """As many as are started within the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
+
+    Groups so slow that this is hardly one keep a queue by what runs: there is little to protect.
+    """
+    within = PATIENCE * rate * ttft_ms / 1e3 if ttft_ms is not None else 0.0
+    return round(within) if within >= 2 else running * QUEUE_PER_RUNNING + 8

@@ -1,0 +1,41 @@
+"""`oracle`: our planner where switches are free and keep KV, told the true demand of the coming window; the best in hindsight.
+
+What it searches: true demand of windows of FORESIGHT_S, planned with and without headroom, and the estimated demand that `nitsum` has;
+and `nitsum` itself, so that it bounds it. Its plans are our planner's: a better planner would find better ones.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from nitsum.pool import AdaptationMode
+from nitsum.sim.arrivals import Traffic
+from nitsum.sim.fleet import Fleet
+from nitsum.sim.metrics import met_all
+from nitsum.sim.policies import Policy, governed
+from nitsum.sim.policies.registry import FixedPause, Setting, build, keeping
+from nitsum.sim.result import RunResult
+
+NAME = "oracle"
+FORESIGHT_S = (10.0, 30.0)
+
+
+def _candidates(s: Setting) -> Iterator[tuple[str, Policy]]:
+    pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
+    settings = replace(s.settings, cooldown_s=0.0, flips_at_once_max=10**6)
+    for seconds in FORESIGHT_S:
+        policy = Policy(NAME, pool, FixedPause(0.0), s.tps, keeping(s.planner), None, settings, foresight_s=seconds, limits=governed)
+        yield f"the true demand of the coming {seconds:g} s", policy
+    yield "the demand that nitsum estimates", replace(build("nitsum@free", s), settings=settings)
+    yield "nitsum itself", build("nitsum", s)
+
+
+def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: str = NAME) -> RunResult:
+    results: list[tuple[int, str, RunResult]] = []
+    runs = list(_candidates(s))
+    for told, policy in runs:
+        done = len(results)
+        result = Fleet(policy, s.nodes, s.model, traffic).run(lambda at, done=done: progress((done * traffic.duration_s + at) / len(runs)))  # type: ignore[misc]
+        results.append((met_all(s.pool, result), told, result))
+    _, told, result = max(results, key=lambda r: r[0])
+    note = f"our planner, switches free and KV kept; the best of {len(results)} in hindsight: told {told}; its search is our planner's"
+    return replace(result, policy=name, note=note)
