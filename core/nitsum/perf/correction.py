@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from nitsum.perf import StepTimeModel
+from nitsum.perf import StepTimeModel, door_ms
 from nitsum.perf.tables import Profile
 
 
@@ -168,6 +168,10 @@ class Corrected:
         self._lines: dict[tuple[int, Phase], _Line] = {}
         self._smallest = {tp: {Phase.PREFILL: base.prefill_ms(tp, 1), Phase.DECODE: base.decode_ms(tp, 1, 1)} for tp in base.tp_sizes}
         self._applied: dict[tuple[int, Phase], tuple[float, float]] = {}
+
+    def door_ms(self, tp_size: int) -> float:
+        """As measured: no step says anything of it."""
+        return door_ms(self.base, tp_size)
 
     def observe(self, timing: StepTiming) -> bool:
         """False: not taken, an outlier or nothing that can be compared (no data at this TP, no time, no tokens)."""
