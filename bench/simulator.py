@@ -1,4 +1,4 @@
-"""How fast the simulator is, one core: simulated requests per second of CPU, by policy and fleet, planner in the loop; a router decision.
+"""How fast the simulator is, one core: simulated requests per second of CPU, planner in the loop; and a decision of the router.
 
 `python bench/simulator.py [--gpus 64] [--rate RATE] [--seconds 60] [--policies ...] [--json FILE]`. CPU time, so that other work on the
 machine counts less. Wanted: 5,000 requests/s at 64 GPUs; an hour of 10,000 GPUs at 1,000 requests/s within 30 minutes, for which a shorter

@@ -1,12 +1,14 @@
 """A profile measured on a live, idle SGLang server through /generate: one new token after prompts of several lengths, alone and behind a
 cached prefix; then steps of several batches decoding together. Medians, so that a pause or a neighbour spoils a point only if it lasts.
 
-What is timed is what a client at the engine's own door waits: HTTP and tokens on their way are in it. Points that do not fit into the
+What is timed is what a client at the engine's own door waits; what of it is no step (HTTP, tokenizer, the way back) is found by how much
+less a prompt holds up a stream that decodes, and kept apart. Points that do not fit into the
 engine's KV are computed from those that do (attention grows with batch x context, chunk x cached) and counted in the note.
 """
 
 import asyncio
 import json
+import math
 import os
 import random
 import time
@@ -24,7 +26,9 @@ from nitsum_cli.smooth import monotone
 FIRST_ID, LAST_ID = 10, 250
 """Token ids that any vocabulary has; what they say does not matter, end tokens are ignored."""
 KV_SHARE = 0.8
-STEPS, STEPS_MAX, BLOCK, GAPS_LEAST = 24, 96, 8, 4
+STEPS, STEPS_MAX, TOKENS_LEAST = 24, 96, 12
+BURST_S = 0.0005
+DOOR_STEPS, DOOR_PROMPTS, DOOR_MOST = 48, 4, 0.5
 TIMEOUT_S = 120.0
 Say = Callable[[str], None]
 
@@ -121,8 +125,8 @@ class Engine:
             raise InvalidSpec("--from-engine", f"{self._url}/generate answers {answer.status_code}: {answer.text[:200]}")
         return ms, int(answer.json()["meta_info"].get("cached_tokens") or 0)
 
-    async def stream(self, ids: list[int], new: int) -> list[tuple[float, int]]:
-        """(when, tokens so far) of every message."""
+    async def stream(self, ids: list[int], new: int, begun: asyncio.Event | None = None) -> list[tuple[float, int]]:
+        """(when, tokens so far) of every message; `begun` is set at the first."""
         sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
         seen: list[tuple[float, int]] = []
         async with self._client.stream("POST", "/generate", json={"input_ids": ids, "stream": True, "sampling_params": sampling}) as answer:
@@ -131,18 +135,35 @@ class Engine:
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     seen.append((time.perf_counter(), int(json.loads(line[6:])["meta_info"]["completion_tokens"])))
+                    if begun is not None:
+                        begun.set()
         return seen
 
 
-def gaps_ms(streams: list[list[tuple[float, int]]]) -> list[float]:
-    """Time per token over BLOCK messages, while all of the streams run: messages come in bursts, so one gap says little."""
+def _bursts(stream: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(when, tokens by then): messages closer than BURST_S are one."""
+    out: list[tuple[float, int]] = []
+    last = -math.inf
+    for t, n in stream:
+        if out and t - last < BURST_S:
+            out[-1] = out[-1][0], n
+        else:
+            out.append((t, n))
+        last = t
+    return out
+
+
+def paces_ms(streams: list[list[tuple[float, int]]]) -> list[float]:
+    """Time per token of each stream while all of them run, if that is TOKENS_LEAST or more of its tokens. Over the whole time, not from
+    message to message: messages come in bursts, on a busy machine a whole stream's in one. What comes at once counts as of then."""
+    streams = [_bursts(s) for s in streams]
     begin, end = max(s[0][0] for s in streams), min(s[-1][0] for s in streams)
-    return [
-        (t1 - t0) / (n1 - n0) * 1e3
-        for s in streams
-        for (t0, n0), (t1, n1) in zip(s, s[BLOCK:], strict=False)
-        if begin <= t0 and t1 <= end and n1 > n0
-    ]
+    found = []
+    for s in streams:
+        within = [(t, n) for t, n in s if begin <= t <= end]
+        if within and (tokens := within[-1][1] - within[0][1]) >= TOKENS_LEAST:
+            found.append((within[-1][0] - within[0][0]) / tokens * 1e3)
+    return found
 
 
 async def decode_ms(engine: Engine, batch: int, ctx: int, repeats: int) -> float | None:
@@ -151,9 +172,9 @@ async def decode_ms(engine: Engine, batch: int, ctx: int, repeats: int) -> float
     while steps <= STEPS_MAX and runs < repeats:
         prompts = [engine.prompt(max(ctx - steps // 2, 1)) for _ in range(batch)]
         streams = await asyncio.gather(*(engine.stream(p, steps) for p in prompts))
-        if all(streams) and len(gaps := gaps_ms(streams)) >= GAPS_LEAST * batch:
+        if all(streams) and len(paces := paces_ms(streams)) == batch:
             # Each run is one voice: a neighbour that spoils a whole run spoils no more.
-            found.append(median(gaps))
+            found.append(median(paces))
             runs += 1
         else:
             steps *= 2
@@ -169,6 +190,34 @@ async def prefill_ms(engine: Engine, chunk: int, prefix: list[int], repeats: int
             return None
         found.append(ms)
     return median(found)
+
+
+def door_of(alone_ms: float, streams_s: list[tuple[float, float, int]]) -> float:
+    """Of (a stream by itself, one that others' prompts came to, how many came) each: what a prompt takes beyond the time that it holds a
+    stream up. Between 0 and DOOR_MOST of what it takes alone."""
+    held = median((beside - by_itself) / prompts * 1e3 for by_itself, beside, prompts in streams_s)
+    return min(max(alone_ms - held, 0.0), DOOR_MOST * alone_ms)
+
+
+async def measure_door_ms(engine: Engine, chunk: int, ctx: int, repeats: int) -> float:
+    """HTTP, tokenizer and the way back: they are in what a client waits for its first token, but hold no other request up."""
+
+    async def stream_s(prompts: int) -> float:
+        begun = asyncio.Event()
+        stream = asyncio.create_task(engine.stream(engine.prompt(ctx), DOOR_STEPS, begun))
+        waiter = asyncio.create_task(begun.wait())
+        await asyncio.wait([stream, waiter], return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+        for _ in range(prompts):
+            await engine.first_token(engine.prompt(chunk))
+        seen = await stream
+        return seen[-1][0] - seen[0][0]
+
+    pairs, alone = [], []
+    for _ in range(repeats):
+        pairs.append((await stream_s(0), await stream_s(DOOR_PROMPTS), DOOR_PROMPTS))
+        alone += [(await engine.first_token(engine.prompt(chunk)))[0] for _ in range(2)]
+    return door_of(median(alone), pairs)
 
 
 def filled(cells: list[list[float | None]], xs: tuple[int, ...]) -> tuple[list[list[float]], int]:
@@ -221,6 +270,9 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
             column.append(await prefill_ms(engine, chunk, prefix, points.repeats) if fits else None)
         columns.append(column)
         say(f"prefill behind {cached}: " + ", ".join(f"{c}: {ms:.1f} ms" for c, ms in zip(chunks, column, strict=True) if ms is not None))
+    door_ms = await measure_door_ms(engine, chunks[0], contexts[0], points.repeats)
+    say(f"outside the engine's steps: {door_ms:.1f} ms a request")
+    columns = [[ms if ms is None else max(ms - door_ms, ms * (1 - DOOR_MOST)) for ms in column] for column in columns]
     cells = [list(row) for row in zip(*columns, strict=True)]
     cells, kept = _measured_columns(cells, kept)
     prefill, computed = filled(cells, chunks)
@@ -245,10 +297,10 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
     axes = [tuple(map(float, axis)) for axis in (batches, contexts, chunks, kept)]
     first = tuple(r[0] for r in smooth_prefill)
     behind, rows = (axes[3], smooth_prefill) if len(kept) > 1 else ((), ())
-    return TpTable(axes[0], axes[1], smooth_decode, axes[2], first, facts.kv_tokens, behind, rows), computed + more
+    return TpTable(axes[0], axes[1], smooth_decode, axes[2], first, facts.kv_tokens, behind, rows, None, door_ms), computed + more
 
 
-async def _profile(url: str, model: str, gpu: str, api_key: str, points: Points, say: Say) -> Profile:
+async def measured(url: str, model: str, gpu: str, api_key: str, points: Points, say: Say) -> Profile:
     engine = Engine(url, api_key)
     try:
         facts = await engine.facts()
@@ -260,7 +312,7 @@ async def _profile(url: str, model: str, gpu: str, api_key: str, points: Points,
         await engine.close()
     name, kind = model or facts.model.rstrip("/").rsplit("/", 1)[-1], gpu or facts.device
     note = (
-        f"Measured on a live SGLang {facts.version} at TP {facts.tp_size} through /generate: medians, HTTP included; "
+        f"Measured on a live SGLang {facts.version} at TP {facts.tp_size} through /generate: medians, HTTP apart; "
         f"{computed} of the points computed where KV or prefix cache did not allow them. KV tokens as the engine says. "
         "The fixed part of a flip is modelled."
     )
@@ -282,4 +334,4 @@ async def _profile(url: str, model: str, gpu: str, api_key: str, points: Points,
 
 def profile(url: str, model: str, gpu: str, api_key_env: str, quick: bool, say: Say) -> Profile:
     """Empty `model` and `gpu`: as the server says. Raises InvalidSpec."""
-    return asyncio.run(_profile(url, model, gpu, os.environ.get(api_key_env, ""), QUICK if quick else Points(), say))
+    return asyncio.run(measured(url, model, gpu, os.environ.get(api_key_env, ""), QUICK if quick else Points(), say))
