@@ -48,7 +48,7 @@ def tiers_of(p: Plan) -> set[str]:
     return {s.tier for n in p.nodes for g in n.layout.groups for s in g.shares if s.share > 0}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 80), st.floats(0, 80), st.floats(0, 5)), min_size=2, max_size=4))
 def test_the_fast_plane_restarts_nothing(steps: list[tuple[float, float, float]]) -> None:
     p, fast = pool(8), FastPlane()
@@ -59,6 +59,9 @@ def test_the_fast_plane_restarts_nothing(steps: list[tuple[float, float, float]]
         assert [(g.group_id, g.engine_id, g.gpu_uuids) for g in plan.nodes[0].layout.groups] == engines
         assert plan.nodes[0].residency == nodes[0].residency
         assert {s.tier for g in plan.nodes[0].layout.groups for s in g.shares} == {t.name for t in TIERS}
+        for _ in range(30):  # it looks at a few capacities anew in each second
+            nodes = applied(nodes, plan)
+            plan = fast(snapshot(p, nodes, {"chat": chat, "agents": agents, "long": long}), 0.0)
         nodes = applied(nodes, plan)
         again = fast(snapshot(p, nodes, {"chat": chat, "agents": agents, "long": long}), 0.0)
         assert again.nodes[0].layout == nodes[0].layout, "labels tremble under constant demand"

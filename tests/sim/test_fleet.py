@@ -126,8 +126,8 @@ def test_prefill_groups_never_decode_and_decode_groups_take_no_new_request() -> 
 def test_nothing_is_prefilled_for_which_decode_has_no_room() -> None:
     """Overload waits and is shed in front of prefill: what was let in keeps its TPOT."""
     s = setting()
-    t = traffic({"loose": 200}, "20s", prompt=500, output=600)
-    result = Fleet(registry.governed(pd(s, 1, 5), s), s.nodes, PROFILE, t).run()
+    t = traffic({"loose": 400}, "20s", prompt=500, output=600)
+    result = Fleet(registry.with_engines(pd(s, 1, 5)), s.nodes, PROFILE, t).run()
     endings = [o.ending for o in result.outcomes]
     assert endings.count(Ending.REFUSED) > 0.2 * len(endings)
     assert Ending.FAILED not in endings
