@@ -25,9 +25,9 @@ class Session:
             self.refused[frame.refused.request_id] = frame.refused.reason
 
 
-def submit(w: World, session: Session, name: str, tokens: int = 10, **fields: object) -> None:
+def submit(w: World, session: Session, name: str, tokens: int = 10, prompt: int = 2, **fields: object) -> None:
     live = w.node.groups["g1-0"]
-    s = node_pb2.Submit(request_id=name, group_id="g1-0", epoch=live.wire.epoch, input_ids=[1, 2], **fields)  # type: ignore[arg-type]
+    s = node_pb2.Submit(request_id=name, group_id="g1-0", epoch=live.wire.epoch, input_ids=[1] * prompt, **fields)  # type: ignore[arg-type]
     s.sampling.max_new_tokens = tokens
     w.node.submit(session, s)
 
@@ -36,7 +36,7 @@ async def test_what_waited_for_its_turn_did_not_see_the_crash(tmp_path: Path) ->
     async with world(tmp_path) as w:
         session = Session()
         for name in "abc":
-            submit(w, session, name, 100_000)  # the first alone fills the KV capacity
+            submit(w, session, name, 900, prompt=7000)  # the first alone fills the KV capacity
         w.engine("e1-0").crash()
         await w.until(lambda: len(session.finishes) == 3)
         assert session.finishes == {"a": Finish.KIND_ENGINE_CRASHED, "b": Finish.KIND_MOVED, "c": Finish.KIND_MOVED}
