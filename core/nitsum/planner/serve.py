@@ -20,8 +20,6 @@ APART = 0.95
 """Of the score of shared groups, which counts on flows that nothing enforces once tiers are short."""
 NARROWED_LOSS = 0.02
 """Of the score that may be given up for it."""
-NARROWED_MAX = 4
-"""Rounds; each leaves fewer."""
 SURGE_MAX = 4.0
 """Multiple of a tier's demand up to which groups are labelled for it alone; those beyond are for all, whichever comes."""
 
@@ -61,29 +59,38 @@ def _short(asked: Problem, answer: Answer) -> set[str]:
     return {w.tier for w in asked.wants if answer.served[w.pool, w.tier] < SHORT * w.rate}
 
 
-def _narrowed(asked: Problem, counts: Counts) -> Counts:
+def _narrowed(asked: Problem, answer: Answer) -> Answer:
     """Routers spread a tier evenly over all groups that are meant for it. Where much less of it shall flow than that, the group is not: its
-    other tiers would pay for what comes too much. Groups that no demand needs stay as they are."""
+    other tiers would pay for what comes too much. One tier of one kind after the other, the least wanted first, while no tier becomes short
+    by it. Groups that no demand needs stay as they are."""
     index = {(k.tp_size, k.tiers): i for i, k in enumerate(asked.kinds)}
     only = replace(asked, wants=tuple(replace(w, surge_max=1.0) for w in asked.wants))
-    for _ in range(NARROWED_MAX):
-        flows = value(only, counts, "").flows
+    least = (1 - NARROWED_LOSS) * answer.score
+    tried: set[tuple[int, int]] = set()
+    while True:
+        flows = value(only, answer.counts, "").flows
         groups: Counter[int] = Counter()
-        for (_, k), n in counts.items():
+        for (_, k), n in answer.counts.items():
             groups[k] += n
-        mean = {
-            w.tier: sum(f for (_, t), f in flows.items() if t == w.tier) / max(sum(groups[k] for (k, t) in flows if t == w.tier), 1)
-            for w in asked.wants
-        }
-        found: Counter[tuple[int, int]] = Counter()
-        for (c, k), n in counts.items():
-            kind = asked.kinds[k]
-            tiers = tuple(t for t in kind.tiers if flows.get((k, t), 0.0) > EVEN_MIN * mean[t] * groups[k])
-            found[c, index.get((kind.tp_size, tiers), k)] += n
-        if found == counts:
-            break
-        counts = dict(found)
-    return counts
+        found: list[tuple[float, int, int]] = []
+        for tier in {t for _, t in flows}:
+            through = {k: flows.get((k, tier), 0.0) for k in groups if asked.kinds[k].rate(tier) > 0}
+            mean = sum(through.values()) / sum(groups[k] for k, flow in through.items() if flow > 0)
+            for k, flow in through.items():
+                fewer = index.get((asked.kinds[k].tp_size, tuple(t for t in asked.kinds[k].tiers if t != tier)))
+                used = any((k, t) in flows for t in asked.kinds[k].tiers)
+                if used and fewer is not None and (k, fewer) not in tried and flow < EVEN_MIN * mean * groups[k]:
+                    found.append((flow / mean / groups[k], k, fewer))
+        if not found:
+            return answer
+        _, k, fewer = min(found)
+        tried.add((k, fewer))
+        counts: Counter[tuple[int, int]] = Counter()
+        for (c, of), n in answer.counts.items():
+            counts[c, fewer if of == k else of] += n
+        narrower = value(asked, dict(counts), answer.by)
+        if _short(asked, narrower) <= _short(asked, answer) and narrower.score >= least:
+            answer = narrower
 
 
 def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
@@ -140,9 +147,8 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
         if idle and (k := _whole(mine, tp_size)) is not None:
             counts[c, k] = counts.get((c, k), 0) + idle
     answer = value(asked, counts, chosen.by) if counts != chosen.counts else chosen
-    apart = value(asked, _narrowed(asked, counts), chosen.by)
-    if _short(asked, apart) <= _short(asked, answer) and apart.score >= (1 - NARROWED_LOSS) * answer.score:
-        counts, answer = dict(apart.counts), apart
+    answer = _narrowed(asked, answer)
+    counts = dict(answer.counts)
     running: Running = {p.key: p.tiers for p in placed}
     found: list[Placed] = []
     for c, tp_size in enumerate(tps):
