@@ -18,10 +18,8 @@ EVEN_MIN = 0.75
 """Of a tier's mean flow per group: a kind through whose groups less flows is not meant for it."""
 APART = 0.95
 """Of the score of shared groups, which counts on flows that nothing enforces once tiers are short."""
-NARROWED_LOSS = 0.02
+NARROWED_LOSS = 0.05
 """Of the score that may be given up for it."""
-NARROWED_MAX = 4
-"""Rounds; each leaves fewer."""
 SURGE_MAX = 4.0
 """Multiple of a tier's demand up to which groups are labelled for it alone; those beyond are for all, whichever comes."""
 
@@ -57,33 +55,57 @@ class Serving:
         return min(total, 1.0)
 
 
+def _apart(asked: Problem, answer: Answer) -> bool:
+    return all(len(asked.kinds[k].tiers) == 1 for (_, k), n in answer.counts.items() if n)
+
+
+def _best(asked: Problem) -> Answer:
+    """Where not all can be served, nothing keeps what tiers share from those that come most: then each has its own groups, if that does
+    not make others short."""
+    best = greedy.solve(asked)
+    if not (short := _short(asked, best)) or len(asked.wants) < 2:
+        return best
+    alone = tuple(k if len(k.tiers) == 1 else replace(k, rates=(0.0,) * len(k.rates)) for k in asked.kinds)
+    apart = greedy.solve(replace(asked, kinds=alone))
+    return apart if _short(asked, apart) <= short and apart.score > APART * best.score else best
+
+
 def _short(asked: Problem, answer: Answer) -> set[str]:
     return {w.tier for w in asked.wants if answer.served[w.pool, w.tier] < SHORT * w.rate}
 
 
-def _narrowed(asked: Problem, counts: Counts) -> Counts:
+def _narrowed(asked: Problem, answer: Answer) -> Answer:
     """Routers spread a tier evenly over all groups that are meant for it. Where much less of it shall flow than that, the group is not: its
-    other tiers would pay for what comes too much. Groups that no demand needs stay as they are."""
+    other tiers would pay for what comes too much. One tier of one kind after the other, the least wanted first. Groups that no demand needs
+    stay as they are."""
     index = {(k.tp_size, k.tiers): i for i, k in enumerate(asked.kinds)}
     only = replace(asked, wants=tuple(replace(w, surge_max=1.0) for w in asked.wants))
-    for _ in range(NARROWED_MAX):
-        flows = value(only, counts, "").flows
+    least = (1 - NARROWED_LOSS) * answer.score
+    tried: set[tuple[int, int]] = set()
+    while True:
+        flows = value(only, answer.counts, "").flows
         groups: Counter[int] = Counter()
-        for (_, k), n in counts.items():
+        for (_, k), n in answer.counts.items():
             groups[k] += n
-        mean = {
-            w.tier: sum(f for (_, t), f in flows.items() if t == w.tier) / max(sum(groups[k] for (k, t) in flows if t == w.tier), 1)
-            for w in asked.wants
-        }
-        found: Counter[tuple[int, int]] = Counter()
-        for (c, k), n in counts.items():
-            kind = asked.kinds[k]
-            tiers = tuple(t for t in kind.tiers if flows.get((k, t), 0.0) > EVEN_MIN * mean[t] * groups[k])
-            found[c, index.get((kind.tp_size, tiers), k)] += n
-        if found == counts:
-            break
-        counts = dict(found)
-    return counts
+        found: list[tuple[float, int, int]] = []
+        for tier in {t for _, t in flows}:
+            through = {k: flows.get((k, tier), 0.0) for k in groups if asked.kinds[k].rate(tier) > 0}
+            mean = sum(through.values()) / sum(groups[k] for k, flow in through.items() if flow > 0)
+            for k, flow in through.items():
+                fewer = index.get((asked.kinds[k].tp_size, tuple(t for t in asked.kinds[k].tiers if t != tier)))
+                used = any((k, t) in flows for t in asked.kinds[k].tiers)
+                if used and fewer is not None and (k, fewer) not in tried and flow < EVEN_MIN * mean * groups[k]:
+                    found.append((flow / mean / groups[k], k, fewer))
+        if not found:
+            return answer
+        _, k, fewer = min(found)
+        tried.add((k, fewer))
+        counts: Counter[tuple[int, int]] = Counter()
+        for (c, of), n in answer.counts.items():
+            counts[c, fewer if of == k else of] += n
+        narrower = value(asked, dict(counts), answer.by)
+        if narrower.score >= least:
+            answer = narrower
 
 
 def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
@@ -122,27 +144,19 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
     if not q.slo_tiers or not mine:
         return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
     chosen = value(asked, now, "as it serves")
-    if anew:
-        chosen = greedy.solve(asked)
-    elif any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
-        best = greedy.solve(asked)
-        chosen = best if wins(asked, best, chosen, gain_min) else chosen
-    short = _short(asked, chosen)
-    if short and len(q.slo_tiers) > 1:
-        # Where not all can be served, nothing keeps what tiers share from those that come most: each has its own groups.
-        alone = tuple(k if len(k.tiers) == 1 else replace(k, rates=(0.0,) * len(k.rates)) for k in mine)
-        apart = greedy.solve(replace(asked, kinds=alone))
-        spared = all(w.tier in short or apart.served[w.pool, w.tier] >= SHORT * w.rate for w in asked.wants)
-        chosen = apart if spared and apart.score > APART * chosen.score else chosen
+    if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
+        best = _best(asked)
+        parts = _short(asked, chosen) and _apart(asked, best) and not _apart(asked, chosen)
+        if anew or (best.score > APART * chosen.score if parts else wins(asked, best, chosen, gain_min)):
+            chosen = best
     counts = dict(chosen.counts)
     for c, tp_size in enumerate(tps):
         idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)
         if idle and (k := _whole(mine, tp_size)) is not None:
             counts[c, k] = counts.get((c, k), 0) + idle
     answer = value(asked, counts, chosen.by) if counts != chosen.counts else chosen
-    apart = value(asked, _narrowed(asked, counts), chosen.by)
-    if _short(asked, apart) <= _short(asked, answer) and apart.score >= (1 - NARROWED_LOSS) * answer.score:
-        counts, answer = dict(apart.counts), apart
+    answer = _narrowed(asked, answer)
+    counts = dict(answer.counts)
     running: Running = {p.key: p.tiers for p in placed}
     found: list[Placed] = []
     for c, tp_size in enumerate(tps):
