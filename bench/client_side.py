@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import memory
-from node import MODEL, Node
 from openai import AsyncOpenAI
 from work import MOVE_AFTER, PROMPT_TOKENS, prompts
 
 from nitsum_local.demo import flips
+from nitsum_local.node import MODEL, Node
 from nitsum_sglang.checkpoint import read_facts
 
 OUTPUT_TOKENS = 160

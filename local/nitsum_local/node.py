@@ -1,4 +1,6 @@
-"""A gateway, an agent and an engine host as they run in a cluster: own processes, mTLS on every hop. The benchmark is their operator."""
+"""A gateway, an agent and an engine host as they run in a cluster: own processes, mTLS on every hop, no control plane. Whoever starts them
+is their operator, and says by hand which engines are awake in which role.
+"""
 
 import asyncio
 import json
@@ -23,16 +25,23 @@ from nitsum_api.types.v1 import types_pb2
 from nitsum_sglang.testing.stock import free_port
 
 MODEL, NODE = "tiny-llama", "bench"
+MIXED, PREFILL, DECODE = types_pb2.ROLE_MIXED, types_pb2.ROLE_PREFILL, types_pb2.ROLE_DECODE
 POOL = types_pb2.PoolRef(name="default/tiny", uid="u")
 GPUS = [f"{NODE}-slot-{i}" for i in range(2)]
 TIERS = [types_pb2.Tier(name="interactive", ttft_ms=60_000, tpot_ms=10_000, is_default=True)]
 
 
-class Node:
-    """`async with`; then `flip_to` any TP, and `client()` as any user of the gateway."""
+ENGINES = {"e1": GPUS[:1], "e2": GPUS}
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model, self.generation = folder, model, 0
+
+class Node:
+    """`async with`; then `flip_to` any TP or `wake` engines in roles, and `http()` as any user of the gateway.
+
+    `engines`: resident ones, with their GPUs; the first is awake at the start. `folder` is short: sockets lie in it.
+    """
+
+    def __init__(self, folder: Path, model: Path, engines: dict[str, list[str]] = ENGINES) -> None:
+        self.folder, self.model, self.engines, self.generation = folder, model, engines, 0
         self.ports = {name: free_port() for name in ("listen", "control", "agent", "data")}
         self.memory_dir = Path("/dev/shm") / f"nitsum-b{os.getpid()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -51,7 +60,7 @@ class Node:
         self._start("agent", "nitsum_agent.main", f"{agent} --node-name {NODE} --node-address {address['data']}")
         self._start("gateway", "nitsum_gateway.main", f"{gateway} --gateway-id gateway-0")
         try:
-            await self.flip_to(1)
+            await self.wake({next(iter(self.engines)): MIXED})
             await self._serves()
         except BaseException:
             await self.__aexit__()
@@ -78,9 +87,12 @@ class Node:
         return "".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in sorted(self.folder.glob("*.log")))
 
     async def flip_to(self, tp_size: int) -> agent_pb2.NodeReport:
-        """As the operator does it: a directive, its end, and the routes that follow from it."""
+        return await self.wake({next(i for i, gpus in self.engines.items() if len(gpus) == tp_size): MIXED})
+
+    async def wake(self, roles: "dict[str, types_pb2.Role.ValueType]") -> agent_pb2.NodeReport:
+        """Engines by id. As the operator does it: a directive, its end, and the routes that follow from it."""
         self.generation += 1
-        directive = self._directive(tp_size)
+        directive = self._directive(roles)
         async with secure_channel(f"127.0.0.1:{self.ports['agent']}", "agent", self.folder / "operator") as channel:
             stub = agent_pb2_grpc.AgentServiceStub(channel)
             apply = agent_pb2.ApplyRequest(contract_version=CONTRACT_VERSION, directive=directive)
@@ -99,17 +111,22 @@ class Node:
         await self._route([g.group for g in seen.report.groups])
         return seen.report
 
-    def _directive(self, tp_size: int) -> agent_pb2.NodeDirective:
+    def _directive(self, roles: "dict[str, types_pb2.Role.ValueType]") -> agent_pb2.NodeDirective:
         model = types_pb2.Model(name=MODEL, source=types_pb2.ModelSource(path=str(self.model)))
-        group = types_pb2.Group(group_id=f"g{tp_size}", engine_id=f"e{tp_size}", pool=POOL, model=MODEL, tp_size=tp_size)
-        group.gpu_uuids.extend(GPUS[:tp_size])
+        groups = [
+            types_pb2.Group(group_id=f"g-{i}", engine_id=i, pool=POOL, model=MODEL, tp_size=len(gpus), gpu_uuids=gpus, role=roles[i])
+            for i, gpus in self.engines.items()
+            if i in roles
+        ]
         return agent_pb2.NodeDirective(
             operation_id=f"op-{self.generation}",
             generation=self.generation,
             term=1,
             pools=[agent_pb2.PoolDirective(pool=POOL, model=model, tiers=TIERS)],
-            residency=[types_pb2.ResidentEngine(engine_id=f"e{t}", model=MODEL, tp_size=t, gpu_uuids=GPUS[:t]) for t in (1, 2)],
-            layout=[group],
+            residency=[
+                types_pb2.ResidentEngine(engine_id=i, model=MODEL, tp_size=len(gpus), gpu_uuids=gpus) for i, gpus in self.engines.items()
+            ],
+            layout=groups,
             mode=types_pb2.FLIP_MODE_ABORT,
         )
 
@@ -126,7 +143,7 @@ class Node:
 
     def http(self) -> httpx.AsyncClient:
         context = ssl.create_default_context(cafile=str(self.folder / "gateway/ca.crt"))
-        return httpx.AsyncClient(verify=context, timeout=120)
+        return httpx.AsyncClient(verify=context, base_url=self.base_url.removesuffix("/v1"), timeout=120)
 
     @property
     def base_url(self) -> str:
