@@ -7,6 +7,7 @@ engine's KV are computed from those that do (attention grows with batch x contex
 
 import asyncio
 import json
+import math
 import os
 import random
 import time
@@ -24,7 +25,8 @@ from nitsum_cli.smooth import monotone
 FIRST_ID, LAST_ID = 10, 250
 """Token ids that any vocabulary has; what they say does not matter, end tokens are ignored."""
 KV_SHARE = 0.8
-STEPS, STEPS_MAX, BLOCK, GAPS_LEAST = 24, 96, 8, 4
+STEPS, STEPS_MAX, TOKENS_LEAST = 24, 96, 12
+BURST_S = 0.0005
 TIMEOUT_S = 120.0
 Say = Callable[[str], None]
 
@@ -38,6 +40,9 @@ class Points:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     contexts: tuple[int, ...] = (64, 512, 2048, 8192, 32768)
     repeats: int = 5
+    idle_s: float = 0.2
+    """Longest pause before each measurement, which is of random length: an engine under traffic idles in between, and what it does then is
+    slower than what follows at once (measured on two shared cores: by a third)."""
 
 
 QUICK = Points((16, 64, 256, 1024), (0, 512), (1, 4, 16), (64, 512), 3)
@@ -91,6 +96,9 @@ class Engine:
         """Never the same twice, so that nothing of it is cached."""
         return [self._random.randint(FIRST_ID, LAST_ID) for _ in range(tokens)]
 
+    async def idle(self, longest_s: float) -> None:
+        await asyncio.sleep(self._random.uniform(0, longest_s))
+
     async def facts(self) -> Facts:
         try:
             answer = await self._client.get("/server_info")
@@ -134,36 +142,53 @@ class Engine:
         return seen
 
 
-def gaps_ms(streams: list[list[tuple[float, int]]]) -> list[float]:
-    """Time per token over BLOCK messages, while all of the streams run: messages come in bursts, so one gap says little."""
+def _bursts(stream: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(when, tokens by then): messages closer than BURST_S are one."""
+    out: list[tuple[float, int]] = []
+    last = -math.inf
+    for t, n in stream:
+        if out and t - last < BURST_S:
+            out[-1] = out[-1][0], n
+        else:
+            out.append((t, n))
+        last = t
+    return out
+
+
+def paces_ms(streams: list[list[tuple[float, int]]]) -> list[float]:
+    """Time per token of each stream while all of them run, if that is TOKENS_LEAST or more of its tokens. Over the whole time, not from
+    message to message: messages come in bursts, on a busy machine a whole stream's in one. What comes at once counts as of then."""
+    streams = [_bursts(s) for s in streams]
     begin, end = max(s[0][0] for s in streams), min(s[-1][0] for s in streams)
-    return [
-        (t1 - t0) / (n1 - n0) * 1e3
-        for s in streams
-        for (t0, n0), (t1, n1) in zip(s, s[BLOCK:], strict=False)
-        if begin <= t0 and t1 <= end and n1 > n0
-    ]
+    found = []
+    for s in streams:
+        within = [(t, n) for t, n in s if begin <= t <= end]
+        if within and (tokens := within[-1][1] - within[0][1]) >= TOKENS_LEAST:
+            found.append((within[-1][0] - within[0][0]) / tokens * 1e3)
+    return found
 
 
-async def decode_ms(engine: Engine, batch: int, ctx: int, repeats: int) -> float | None:
+async def decode_ms(engine: Engine, batch: int, ctx: int, repeats: int, idle_s: float = 0.0) -> float | None:
     """Median step with `batch` streams around `ctx`; None where they never ran all together."""
     steps, found, runs = STEPS, [], 0
     while steps <= STEPS_MAX and runs < repeats:
         prompts = [engine.prompt(max(ctx - steps // 2, 1)) for _ in range(batch)]
+        await engine.idle(idle_s)
         streams = await asyncio.gather(*(engine.stream(p, steps) for p in prompts))
-        if all(streams) and len(gaps := gaps_ms(streams)) >= GAPS_LEAST * batch:
+        if all(streams) and len(paces := paces_ms(streams)) == batch:
             # Each run is one voice: a neighbour that spoils a whole run spoils no more.
-            found.append(median(gaps))
+            found.append(median(paces))
             runs += 1
         else:
             steps *= 2
     return median(found) if found else None
 
 
-async def prefill_ms(engine: Engine, chunk: int, prefix: list[int], repeats: int) -> float | None:
+async def prefill_ms(engine: Engine, chunk: int, prefix: list[int], repeats: int, idle_s: float = 0.0) -> float | None:
     """Median; None where the engine does not keep the prefix."""
     found = []
     for _ in range(repeats):
+        await engine.idle(idle_s)
         ms, cached = await engine.first_token(prefix + engine.prompt(chunk))
         if cached < 0.9 * len(prefix):
             return None
@@ -218,7 +243,7 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
         column = []
         for chunk in chunks:
             fits = cached + chunk <= facts.prompt_max
-            column.append(await prefill_ms(engine, chunk, prefix, points.repeats) if fits else None)
+            column.append(await prefill_ms(engine, chunk, prefix, points.repeats, points.idle_s) if fits else None)
         columns.append(column)
         say(f"prefill behind {cached}: " + ", ".join(f"{c}: {ms:.1f} ms" for c, ms in zip(chunks, column, strict=True) if ms is not None))
     cells = [list(row) for row in zip(*columns, strict=True)]
@@ -229,7 +254,7 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
         row: list[float | None] = []
         for ctx in contexts:
             fits = batch * (ctx + STEPS_MAX) <= room or (ctx == contexts[0] and batch * (ctx + STEPS) <= room)
-            row.append(await decode_ms(engine, batch, ctx, points.repeats) if fits else None)
+            row.append(await decode_ms(engine, batch, ctx, points.repeats, points.idle_s) if fits else None)
         if row[0] is None:
             break  # the engine does not run that many together
         decodes.append(row)
@@ -248,7 +273,7 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
     return TpTable(axes[0], axes[1], smooth_decode, axes[2], first, facts.kv_tokens, behind, rows), computed + more
 
 
-async def _profile(url: str, model: str, gpu: str, api_key: str, points: Points, say: Say) -> Profile:
+async def measured(url: str, model: str, gpu: str, api_key: str, points: Points, say: Say) -> Profile:
     engine = Engine(url, api_key)
     try:
         facts = await engine.facts()
@@ -282,4 +307,4 @@ async def _profile(url: str, model: str, gpu: str, api_key: str, points: Points,
 
 def profile(url: str, model: str, gpu: str, api_key_env: str, quick: bool, say: Say) -> Profile:
     """Empty `model` and `gpu`: as the server says. Raises InvalidSpec."""
-    return asyncio.run(_profile(url, model, gpu, os.environ.get(api_key_env, ""), QUICK if quick else Points(), say))
+    return asyncio.run(measured(url, model, gpu, os.environ.get(api_key_env, ""), QUICK if quick else Points(), say))

@@ -3,14 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from statistics import median
 
 import pytest
 from typer.testing import CliRunner
 
 from nitsum.perf.profile import parse
 from nitsum_cli.main import app
-from nitsum_cli.measure import filled, gaps_ms
+from nitsum_cli.measure import filled, paces_ms
 
 run = CliRunner()
 
@@ -80,15 +79,15 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
     assert "install nitsum[profile], or measure with --from-engine" in shown.stderr
 
 
-def test_gaps_count_only_where_all_streams_run_and_bursts_do_not_fool_them() -> None:
+def test_the_pace_counts_only_where_all_streams_run_and_bursts_do_not_fool_it() -> None:
     """Steps of 10 ms whose messages come two at a time, from 1.0 s on with the other stream's."""
     alone = [(0.1 * i, i) for i in range(1, 10)]
     bursts = [(1.0 + 0.02 * (i // 2), 10 + i) for i in range(40)]
     steady = [(1.0 + 0.01 * i, 1 + i) for i in range(36)]
-    gaps = gaps_ms([alone + bursts, steady])
-    assert len(gaps) > 40
-    assert median(gaps) == pytest.approx(10)
-    assert max(gaps) < 13
+    assert paces_ms([alone + bursts, steady]) == pytest.approx([10, 10])
+    at_once = [(1.0, 1), *((1.23, n) for n in range(2, 25))]
+    assert paces_ms([at_once]) == pytest.approx([10]), "a client that was late for all but the first"
+    assert paces_ms([at_once[1:]]) == [], "of one burst nothing is known"
 
 
 def test_cells_that_do_not_fit_grow_as_attention_does() -> None:
