@@ -36,7 +36,6 @@ from nitsum_sglang.testing.stock import stock_server
 
 WANTED = 0.15
 START_S = 600.0
-POINTS = measure.Points((16, 64, 256, 1024), (0,), (1, 2, 4, 8), (64, 512))
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,13 @@ class Spec:
     prompt: float
     output: float
     slice_s: int
+    points: measure.Points
 
 
-SPECS = {"tiny": Spec(tiny_llama, 2.5, 250, 60, 20), "smollm2": Spec(smollm2, 0.4, 150, 30, 40)}
+SPECS = {
+    "tiny": Spec(tiny_llama, 2.5, 250, 60, 20, measure.Points((16, 64, 256, 1024), (0,), (1, 2, 4, 8), (64, 512), 3)),
+    "smollm2": Spec(smollm2, 0.25, 150, 30, 40, measure.Points((16, 64, 256, 768), (0,), (1, 2, 4), (64, 512), 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def between(before: Profile, after: Profile) -> Profile:
             tuple(tuple((x + y) / 2 for x, y in zip(r, s, strict=True)) for r, s in zip(p, q, strict=True))
             for p, q in ((a.decode_ms, b.decode_ms), ((a.prefill_ms,), (b.prefill_ms,)), (a.prefill_cached_ms, b.prefill_cached_ms))
         ]
-        tables[tp] = replace(a, decode_ms=means[0], prefill_ms=means[1][0], prefill_cached_ms=means[2])
+        tables[tp] = replace(a, decode_ms=means[0], prefill_ms=means[1][0], prefill_cached_ms=means[2], door_ms=(a.door_ms + b.door_ms) / 2)
     return replace(before, tables=tables)
 
 
@@ -162,8 +165,8 @@ def run(name: str, quick: bool, seed: int, console: Console) -> dict[str, Any]:
     """Profile, slice, profile, slice, ..., profile: what else runs on the machine changes faster than a trace lasts, so each slice is
     foretold with the mean of the profiles on either side of it."""
     spec = SPECS[name]
-    points = replace(POINTS, repeats=1 if quick else 3)
-    count = 2 if quick else 6
+    points = replace(spec.points, repeats=1) if quick else spec.points
+    count = 2 if quick else 4
     pairs: list[Pair] = []
     with tempfile.TemporaryDirectory(prefix="nitsum-f") as tmp, stock_server(spec.model(), Path(tmp), timeout_s=START_S) as url:
 

@@ -1,7 +1,8 @@
 """A profile measured on a live, idle SGLang server through /generate: one new token after prompts of several lengths, alone and behind a
 cached prefix; then steps of several batches decoding together. Medians, so that a pause or a neighbour spoils a point only if it lasts.
 
-What is timed is what a client at the engine's own door waits: HTTP and tokens on their way are in it. Points that do not fit into the
+What is timed is what a client at the engine's own door waits; what of it is no step (HTTP, tokenizer, the way back) is found by how much
+less a prompt holds up a stream that decodes, and kept apart. Points that do not fit into the
 engine's KV are computed from those that do (attention grows with batch x context, chunk x cached) and counted in the note.
 """
 
@@ -27,6 +28,7 @@ FIRST_ID, LAST_ID = 10, 250
 KV_SHARE = 0.8
 STEPS, STEPS_MAX, TOKENS_LEAST = 24, 96, 12
 BURST_S = 0.0005
+DOOR_STEPS, DOOR_PROMPTS, DOOR_MOST = 48, 4, 0.5
 TIMEOUT_S = 120.0
 Say = Callable[[str], None]
 
@@ -40,9 +42,6 @@ class Points:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     contexts: tuple[int, ...] = (64, 512, 2048, 8192, 32768)
     repeats: int = 5
-    idle_s: float = 0.2
-    """Longest pause before each measurement, which is of random length: an engine under traffic idles in between, and what it does then is
-    slower than what follows at once (measured on two shared cores: by a third)."""
 
 
 QUICK = Points((16, 64, 256, 1024), (0, 512), (1, 4, 16), (64, 512), 3)
@@ -96,9 +95,6 @@ class Engine:
         """Never the same twice, so that nothing of it is cached."""
         return [self._random.randint(FIRST_ID, LAST_ID) for _ in range(tokens)]
 
-    async def idle(self, longest_s: float) -> None:
-        await asyncio.sleep(self._random.uniform(0, longest_s))
-
     async def facts(self) -> Facts:
         try:
             answer = await self._client.get("/server_info")
@@ -129,8 +125,8 @@ class Engine:
             raise InvalidSpec("--from-engine", f"{self._url}/generate answers {answer.status_code}: {answer.text[:200]}")
         return ms, int(answer.json()["meta_info"].get("cached_tokens") or 0)
 
-    async def stream(self, ids: list[int], new: int) -> list[tuple[float, int]]:
-        """(when, tokens so far) of every message."""
+    async def stream(self, ids: list[int], new: int, begun: asyncio.Event | None = None) -> list[tuple[float, int]]:
+        """(when, tokens so far) of every message; `begun` is set at the first."""
         sampling = {"max_new_tokens": new, "temperature": 0, "ignore_eos": True}
         seen: list[tuple[float, int]] = []
         async with self._client.stream("POST", "/generate", json={"input_ids": ids, "stream": True, "sampling_params": sampling}) as answer:
@@ -139,6 +135,8 @@ class Engine:
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     seen.append((time.perf_counter(), int(json.loads(line[6:])["meta_info"]["completion_tokens"])))
+                    if begun is not None:
+                        begun.set()
         return seen
 
 
@@ -168,12 +166,11 @@ def paces_ms(streams: list[list[tuple[float, int]]]) -> list[float]:
     return found
 
 
-async def decode_ms(engine: Engine, batch: int, ctx: int, repeats: int, idle_s: float = 0.0) -> float | None:
+async def decode_ms(engine: Engine, batch: int, ctx: int, repeats: int) -> float | None:
     """Median step with `batch` streams around `ctx`; None where they never ran all together."""
     steps, found, runs = STEPS, [], 0
     while steps <= STEPS_MAX and runs < repeats:
         prompts = [engine.prompt(max(ctx - steps // 2, 1)) for _ in range(batch)]
-        await engine.idle(idle_s)
         streams = await asyncio.gather(*(engine.stream(p, steps) for p in prompts))
         if all(streams) and len(paces := paces_ms(streams)) == batch:
             # Each run is one voice: a neighbour that spoils a whole run spoils no more.
@@ -184,16 +181,43 @@ async def decode_ms(engine: Engine, batch: int, ctx: int, repeats: int, idle_s: 
     return median(found) if found else None
 
 
-async def prefill_ms(engine: Engine, chunk: int, prefix: list[int], repeats: int, idle_s: float = 0.0) -> float | None:
+async def prefill_ms(engine: Engine, chunk: int, prefix: list[int], repeats: int) -> float | None:
     """Median; None where the engine does not keep the prefix."""
     found = []
     for _ in range(repeats):
-        await engine.idle(idle_s)
         ms, cached = await engine.first_token(prefix + engine.prompt(chunk))
         if cached < 0.9 * len(prefix):
             return None
         found.append(ms)
     return median(found)
+
+
+def door_of(alone_ms: float, streams_s: list[tuple[float, float, int]]) -> float:
+    """Of (a stream by itself, one that others' prompts came to, how many came) each: what a prompt takes beyond the time that it holds a
+    stream up. Between 0 and DOOR_MOST of what it takes alone."""
+    held = median((beside - by_itself) / prompts * 1e3 for by_itself, beside, prompts in streams_s)
+    return min(max(alone_ms - held, 0.0), DOOR_MOST * alone_ms)
+
+
+async def measure_door_ms(engine: Engine, chunk: int, ctx: int, repeats: int) -> float:
+    """HTTP, tokenizer and the way back: they are in what a client waits for its first token, but hold no other request up."""
+
+    async def stream_s(prompts: int) -> float:
+        begun = asyncio.Event()
+        stream = asyncio.create_task(engine.stream(engine.prompt(ctx), DOOR_STEPS, begun))
+        waiter = asyncio.create_task(begun.wait())
+        await asyncio.wait([stream, waiter], return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+        for _ in range(prompts):
+            await engine.first_token(engine.prompt(chunk))
+        seen = await stream
+        return seen[-1][0] - seen[0][0]
+
+    pairs, alone = [], []
+    for _ in range(repeats):
+        pairs.append((await stream_s(0), await stream_s(DOOR_PROMPTS), DOOR_PROMPTS))
+        alone += [(await engine.first_token(engine.prompt(chunk)))[0] for _ in range(2)]
+    return door_of(median(alone), pairs)
 
 
 def filled(cells: list[list[float | None]], xs: tuple[int, ...]) -> tuple[list[list[float]], int]:
@@ -243,9 +267,12 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
         column = []
         for chunk in chunks:
             fits = cached + chunk <= facts.prompt_max
-            column.append(await prefill_ms(engine, chunk, prefix, points.repeats, points.idle_s) if fits else None)
+            column.append(await prefill_ms(engine, chunk, prefix, points.repeats) if fits else None)
         columns.append(column)
         say(f"prefill behind {cached}: " + ", ".join(f"{c}: {ms:.1f} ms" for c, ms in zip(chunks, column, strict=True) if ms is not None))
+    door_ms = await measure_door_ms(engine, chunks[0], contexts[0], points.repeats)
+    say(f"outside the engine's steps: {door_ms:.1f} ms a request")
+    columns = [[ms if ms is None else max(ms - door_ms, ms * (1 - DOOR_MOST)) for ms in column] for column in columns]
     cells = [list(row) for row in zip(*columns, strict=True)]
     cells, kept = _measured_columns(cells, kept)
     prefill, computed = filled(cells, chunks)
@@ -254,7 +281,7 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
         row: list[float | None] = []
         for ctx in contexts:
             fits = batch * (ctx + STEPS_MAX) <= room or (ctx == contexts[0] and batch * (ctx + STEPS) <= room)
-            row.append(await decode_ms(engine, batch, ctx, points.repeats, points.idle_s) if fits else None)
+            row.append(await decode_ms(engine, batch, ctx, points.repeats) if fits else None)
         if row[0] is None:
             break  # the engine does not run that many together
         decodes.append(row)
@@ -270,7 +297,7 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
     axes = [tuple(map(float, axis)) for axis in (batches, contexts, chunks, kept)]
     first = tuple(r[0] for r in smooth_prefill)
     behind, rows = (axes[3], smooth_prefill) if len(kept) > 1 else ((), ())
-    return TpTable(axes[0], axes[1], smooth_decode, axes[2], first, facts.kv_tokens, behind, rows), computed + more
+    return TpTable(axes[0], axes[1], smooth_decode, axes[2], first, facts.kv_tokens, behind, rows, None, door_ms), computed + more
 
 
 async def measured(url: str, model: str, gpu: str, api_key: str, points: Points, say: Say) -> Profile:
@@ -285,7 +312,7 @@ async def measured(url: str, model: str, gpu: str, api_key: str, points: Points,
         await engine.close()
     name, kind = model or facts.model.rstrip("/").rsplit("/", 1)[-1], gpu or facts.device
     note = (
-        f"Measured on a live SGLang {facts.version} at TP {facts.tp_size} through /generate: medians, HTTP included; "
+        f"Measured on a live SGLang {facts.version} at TP {facts.tp_size} through /generate: medians, HTTP apart; "
         f"{computed} of the points computed where KV or prefix cache did not allow them. KV tokens as the engine says. "
         "The fixed part of a flip is modelled."
     )

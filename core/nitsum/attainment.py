@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-from nitsum.perf import StepTimeModel
+from nitsum.perf import StepTimeModel, door_ms
 
 CHUNK = 8192
 """New tokens of a prefill step of stock SGLang."""
@@ -161,6 +161,7 @@ class Group:
     def __post_init__(self) -> None:
         self.prompts, self.outputs = self.prompt.points(), self.output.points()
         mean = self.prompt.mean
+        self.door = door_ms(self.model, self.tp_size)
         self.ctx = max(int(mean + self.output.mean / 2), 1)
         one, two = self._prefill(mean), self._prefill(2 * mean)
         self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
@@ -289,7 +290,7 @@ class Group:
         seen = _seen(busy, rush)
         share = 0.0
         for own, weight in each:
-            room = target - own
+            room = target - own - self.door
             # An idle engine starts at once; one that decodes ends its step first, uniformly; else work is ahead.
             idle = max(min(room / decode, 1.0), 0.0) if room > 0 else 0.0
             behind = 1 - math.exp(-(room - decode / 2) / tail) if room > decode / 2 else 0.0

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from nitsum.perf.profile import parse
 from nitsum_cli.main import app
-from nitsum_cli.measure import filled, paces_ms
+from nitsum_cli.measure import door_of, filled, paces_ms
 
 run = CliRunner()
 
@@ -92,3 +92,9 @@ def test_the_pace_counts_only_where_all_streams_run_and_bursts_do_not_fool_it() 
 
 def test_cells_that_do_not_fit_grow_as_attention_does() -> None:
     assert filled([[10.0, 11.0], [12.0, 16.0], [20.0, None]], (1, 4, 8)) == ([[10.0, 11.0], [12.0, 16.0], [20.0, 28.0]], 1)
+
+
+def test_the_door_is_what_a_prompt_takes_beyond_what_it_holds_a_stream_up() -> None:
+    assert door_of(15.0, [(0.24, 0.284, 4), (0.24, 0.28, 4), (0.24, 0.4, 4)]) == pytest.approx(4.0)
+    assert door_of(15.0, [(0.24, 0.22, 4)]) == pytest.approx(7.5), "a noisy pair cannot make all of it door"
+    assert door_of(15.0, [(0.24, 0.34, 4)]) == 0.0

@@ -42,8 +42,8 @@ def test_two_profiles_give_their_mean() -> None:
 def test_a_lone_request_is_foretold_by_its_steps() -> None:
     """The replay adds nothing of its own: first token after one prefill, then one decode step per token."""
     requests = fidelity.arrivals.Traffic(10.0, (fidelity.arrivals.Request(0, "t", 0.0, 64, 3, 3),), {}, ())
-    (o,) = fidelity.predict(replace(PROFILE, tables={1: PROFILE.tables[1]}), requests, FACTS)
-    assert o.ttft_ms == pytest.approx(PROFILE.prefill_ms(1, 64))
+    (o,) = fidelity.predict(replace(PROFILE, tables={1: replace(PROFILE.tables[1], door_ms=3.0)}), requests, FACTS)
+    assert o.ttft_ms == pytest.approx(PROFILE.prefill_ms(1, 64) + 3), "what it waits outside the engine on top"
     assert o.tpot_ms == pytest.approx((PROFILE.decode_ms(1, 1, 65) + PROFILE.decode_ms(1, 1, 66)) / 2, rel=0.02)
 
 

@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 
 from nitsum.errors import InvalidSpec
 from nitsum.layout import FlipMode
-from nitsum.perf.profile import find, load_shipped, parse, shipped
+from nitsum.perf.correction import Corrected
+from nitsum.perf.profile import dump, find, load_shipped, parse, shipped
+from nitsum.sim.steptimes import QuickModel
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -113,3 +116,12 @@ def test_the_demo_profiles_cost_what_they_did() -> None:
     assert p.prefill_ms(1, 512, 512) == pytest.approx(max(p.prefill_ms(1, 1024) - p.prefill_ms(1, 512), 91.2))
     assert p.mixed_ms(1, 128, 4, 128) == pytest.approx(52.8 + 88.05 - 40.1)
     assert [p.kv_capacity_tokens(tp, (1,)) for tp in (1, 2)] == [8192, 16384]
+
+
+def test_what_a_request_waits_outside_the_engine_is_kept() -> None:
+    p = load_shipped("tiny-llama.slot")
+    assert p.door_ms(1) == 0.0
+    own = replace(p, tables={tp: replace(t, door_ms=2.5) for tp, t in p.tables.items()})
+    again = parse(dump(own), "again")
+    assert [again.door_ms(tp) for tp in again.tp_sizes] == [2.5] * len(again.tp_sizes)
+    assert QuickModel(again).door_ms(1) == Corrected(again).door_ms(1) == 2.5

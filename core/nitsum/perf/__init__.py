@@ -50,3 +50,9 @@ class FlipCost(Protocol):
         `resident_tokens` of one group that ends; where to_tp > from_tp, its neighbours' that B takes in too are assumed to be as many.
         """
         ...
+
+
+def door_ms(model: StepTimeModel, tp_size: int) -> float:
+    """What a request waits outside the engine's steps; 0 for models that do not say."""
+    says = getattr(model, "door_ms", None)
+    return float(says(tp_size)) if says is not None else 0.0

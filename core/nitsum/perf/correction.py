@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nitsum.perf import StepTimeModel
+from nitsum.perf import StepTimeModel, door_ms
 from nitsum.perf.tables import Profile
 
 
@@ -202,6 +202,10 @@ class Corrected:
         """Mean confidence of what was measured; 0: nothing was."""
         measured = [line.confidence for line in self._lines.values() if line.weight]
         return sum(measured) / len(measured) if measured else 0.0
+
+    def door_ms(self, tp_size: int) -> float:
+        """As measured: no step says anything of it."""
+        return door_ms(self.base, tp_size)
 
     def observe(self, timing: StepTiming) -> bool:
         """False: not taken, an outlier or nothing that can be compared (no data at this TP, no time, no tokens)."""

@@ -73,7 +73,7 @@ def _one_of(value: Any, path: str, kind: Callable[[str], T], legal: tuple[str, .
 
 
 def _table(raw: Any, path: str) -> TpTable:
-    t = _object(raw, path, ("decode",), ("prefill", "kv_tokens", "memory"))
+    t = _object(raw, path, ("decode",), ("prefill", "kv_tokens", "memory", "door_ms"))
     d = _object(t["decode"], f"{path}.decode", ("batch", "context", "ms"))
     batch, context = _axis(d["batch"], f"{path}.decode.batch"), _axis(d["context"], f"{path}.decode.context")
     decode = _grid(d["ms"], f"{path}.decode.ms", batch, context, "a row per batch and a column per context")
@@ -99,8 +99,9 @@ def _table(raw: Any, path: str) -> TpTable:
             int(_number(m.get("activation_bytes", 0), f"{path}.memory.activation_bytes")),
         )
     kv_tokens = int(_number(t.get("kv_tokens", 0), f"{path}.kv_tokens"))
+    door_ms = _number(t.get("door_ms", 0), f"{path}.door_ms")
     first = tuple(r[0] for r in rows)
-    return TpTable(batch, context, decode, tokens, first, kv_tokens, cached, rows if cached else (), memory)
+    return TpTable(batch, context, decode, tokens, first, kv_tokens, cached, rows if cached else (), memory, door_ms)
 
 
 def _flip(raw: Any, path: str) -> FlipRates:

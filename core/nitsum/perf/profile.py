@@ -7,7 +7,8 @@
               "pcie_bytes_per_s": ..., "host_bytes_per_s": ..., "nvlink_bytes_per_s": ...},
      "tp": {"1": {"decode": {"batch": [...], "context": [...], "ms": [[...], ...]},
                   "prefill": {"tokens": [...], "cached": [...], "ms": [[...], ...]},
-                  "memory": {"weight_bytes": ..., "kv_bytes_per_token": ..., "activation_bytes": ...}}}}
+                  "memory": {"weight_bytes": ..., "kv_bytes_per_token": ..., "activation_bytes": ...},
+                  "door_ms": ...}}}
 
 The older form has no `memory`: `kv_tokens` by TP, `prefill.ms` a plain list, `flip` {fixed_ms, kv_copy_tokens_per_s}. Both are read.
 """
@@ -57,6 +58,8 @@ def dump(p: Profile) -> str:
             }
         if t.kv_tokens:
             table["kv_tokens"] = t.kv_tokens
+        if t.door_ms:
+            table["door_ms"] = round(t.door_ms, 3)
         tables[str(tp)] = table
     return _lines(raw | {"tp": tables}, 0) + "\n"
 

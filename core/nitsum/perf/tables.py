@@ -44,6 +44,9 @@ class TpTable:
     prefill_cached: tuple[float, ...] = ()
     prefill_cached_ms: tuple[tuple[float, ...], ...] = ()
     memory: RankMemory | None = None
+    door_ms: float = 0.0
+    """What a request waits outside the engine's steps, before its first token is with the client: HTTP, tokenizer, the way back. It holds
+    nobody else up."""
     decode: Grid = field(init=False, repr=False, compare=False)
     prefill: Grid = field(init=False, repr=False, compare=False)
 
@@ -84,6 +87,9 @@ class Profile:
     @property
     def tp_sizes(self) -> tuple[int, ...]:
         return tuple(sorted(self.tables))
+
+    def door_ms(self, tp_size: int) -> float:
+        return self.tables[tp_size].door_ms
 
     def decode_ms(self, tp_size: int, batch: int, ctx: int) -> float:
         return self.tables[tp_size].decode.at(batch, ctx)

@@ -62,6 +62,7 @@ class _Node:
 class Fleet:
     def __init__(self, policy: Policy, nodes: Iterable[Node], model: StepTimeModel, traffic: Traffic, gateways: int = 2) -> None:
         self.policy, self.pool, self.model, self.traffic = policy, policy.pool, QuickModel(model), traffic
+        self.doors_ms = {tp: self.model.door_ms(tp) for tp in self.model.tp_sizes}
         self.nodes = {n.agent_id: _Node(n) for n in sorted(nodes, key=lambda n: n.agent_id)}
         tiers = tuple(t.name for t in self.pool.tiers)
         self.background = {t.name: t.background for t in self.pool.tiers}
@@ -250,7 +251,7 @@ class Fleet:
             live = g.lives[str(seq.rid)]
             if what is Happened.FIRST:
                 if live.first_at < 0:
-                    live.first_at = self.now
+                    live.first_at, live.door_ms = self.now, self.doors_ms[g.group.tp_size]
             elif what is Happened.HANDED_OVER:
                 self._hand_over(g, live, seq)
             else:
@@ -302,7 +303,7 @@ class Fleet:
         assert self.outcomes[r.rid] is None, f"request {r.rid} ended twice"
         if ending is Ending.FINISHED and live.made < r.output:
             ending = Ending.FAILED  # cut off: the group's KV ends before its output does
-        ttft = (live.first_at - r.arrived) * 1e3 if live.first_at >= 0 else None
+        ttft = (live.first_at - r.arrived) * 1e3 + live.door_ms if live.first_at >= 0 else None
         tpot = (self.now - live.first_at) * 1e3 / (r.output - 1) if ending is Ending.FINISHED and r.output > 1 else None
         self.outcomes[r.rid] = Outcome(r.tier, r.arrived, ending, ttft, tpot)
         self.left -= 1

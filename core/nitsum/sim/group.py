@@ -22,6 +22,8 @@ class Live:
     group: "SimGroup | None" = None
     seq: Seq | None = None
     first_at: float = -1.0
+    door_ms: float = 0.0
+    """Of the group that its first token came from."""
     made: int = 0
     warm_at: str = ""
     loads: bool = False

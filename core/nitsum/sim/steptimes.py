@@ -7,7 +7,7 @@ up to a few arithmetic series. The model is asked once per batch size and knot.
 import math
 from bisect import bisect_right
 
-from nitsum.perf import StepTimeModel
+from nitsum.perf import StepTimeModel, door_ms
 
 KNOTS = (1, 16, 64, *(round(2 ** (k / 2)) for k in range(14, 37)))
 """Contexts at which decode lines are sampled: half octaves up to 262,144."""
@@ -106,6 +106,9 @@ class QuickModel:
 
     def mixed_ms(self, tp_size: int, chunk: int, batch: int, ctx: int) -> float:
         return self.times[tp_size].mixed([(chunk, 0)], batch, ctx)
+
+    def door_ms(self, tp_size: int) -> float:
+        return door_ms(self.model, tp_size)
 
     def kv_capacity_tokens(self, tp_size: int, resident_tp: tuple[int, ...]) -> int:
         return self.model.kv_capacity_tokens(tp_size, resident_tp)
