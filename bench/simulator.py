@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nitsum.perf.profile import Profile, load_shipped
+from nitsum.planner import v0
+from nitsum.planner.planes import Planes
 from nitsum.pool import Pool, Tier
 from nitsum.routing import GroupView, Routes, decide
 from nitsum.sim import arrivals, hardware, workload
@@ -41,6 +43,7 @@ def main() -> None:
     options.add_argument("--seconds", type=int, default=60)
     options.add_argument("--rate", type=float, default=0.0, help="requests/s; without: 3 a GPU")
     options.add_argument("--policies", default="plain-tp1,static-tp1,nitsum")
+    options.add_argument("--planner", choices=("v0", "planes"), default="planes", help="what `nitsum` plans with: planes, as the operator")
     options.add_argument("--json", type=Path, metavar="FILE")
     args = options.parse_args()
     profile: Profile = load_shipped(PROFILE)
@@ -53,7 +56,7 @@ def main() -> None:
         for t, x in SHARES.items()
     ]
     traffic = arrivals.build(workload.parse({"duration": f"{args.seconds}s", "streams": streams}), lambda path: (), 1)
-    setting = registry.Setting(pool, nodes, profile, profile)
+    setting = registry.Setting(pool, nodes, profile, profile, planner=v0.plan if args.planner == "v0" else Planes())
     out: dict[str, Any] = {"python": platform.python_version(), "router_us": {str(n): round(router_us(n), 2) for n in (8, 64, 1024)}}
     print("router, one decision: " + ", ".join(f"{n} groups {us} us" for n, us in out["router_us"].items()))
     for name in registry.expand(args.policies, setting):

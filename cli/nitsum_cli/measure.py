@@ -208,8 +208,8 @@ def door_of(whole_ms: float, held: float) -> float:
 
 
 async def doors_ms(engine: Engine, chunk: int, ctx: int, repeats: int) -> tuple[float, float]:
-    """What a client waits for its first token beyond what it holds others up: when prompts follow at once, and as in traffic, after a pause:
-    then processes that sleep must wake, and a core that did other work is slower."""
+    """What a client waits for its first token beyond what it holds others up: (prompts follow at once, they come after a pause as in
+    traffic). Then processes that sleep must wake, and a core that did other work is slower."""
 
     async def stream_s(prompts: int) -> float:
         begun = asyncio.Event()
