@@ -28,6 +28,7 @@ FIRST_ID, LAST_ID = 10, 250
 KV_SHARE = 0.8
 STEPS, STEPS_MAX, TOKENS_LEAST = 24, 96, 12
 BURST_S = 0.0005
+PAUSE_S = 0.5
 DOOR_STEPS, DOOR_PROMPTS, DOOR_MOST = 48, 4, 0.5
 TIMEOUT_S = 120.0
 Say = Callable[[str], None]
@@ -94,6 +95,10 @@ class Engine:
     def prompt(self, tokens: int) -> list[int]:
         """Never the same twice, so that nothing of it is cached."""
         return [self._random.randint(FIRST_ID, LAST_ID) for _ in range(tokens)]
+
+    async def pause(self, longest_s: float) -> None:
+        """Of random length."""
+        await asyncio.sleep(self._random.uniform(0, longest_s))
 
     async def facts(self) -> Facts:
         try:
@@ -192,15 +197,19 @@ async def prefill_ms(engine: Engine, chunk: int, prefix: list[int], repeats: int
     return median(found)
 
 
-def door_of(alone_ms: float, streams_s: list[tuple[float, float, int]]) -> float:
-    """Of (a stream by itself, one that others' prompts came to, how many came) each: what a prompt takes beyond the time that it holds a
-    stream up. Between 0 and DOOR_MOST of what it takes alone."""
-    held = median((beside - by_itself) / prompts * 1e3 for by_itself, beside, prompts in streams_s)
-    return min(max(alone_ms - held, 0.0), DOOR_MOST * alone_ms)
+def held_ms(streams_s: list[tuple[float, float, int]]) -> float:
+    """How long a prompt holds a stream up, from (a stream by itself, one that others' prompts came to, how many came) each."""
+    return median((beside - by_itself) / prompts * 1e3 for by_itself, beside, prompts in streams_s)
 
 
-async def measure_door_ms(engine: Engine, chunk: int, ctx: int, repeats: int) -> float:
-    """HTTP, tokenizer and the way back: they are in what a client waits for its first token, but hold no other request up."""
+def door_of(whole_ms: float, held: float) -> float:
+    """What of a prompt's time is no step. Between 0 and DOOR_MOST of it, whatever a noisy machine says."""
+    return min(max(whole_ms - held, 0.0), DOOR_MOST * whole_ms)
+
+
+async def doors_ms(engine: Engine, chunk: int, ctx: int, repeats: int) -> tuple[float, float]:
+    """What a client waits for its first token beyond what it holds others up: (prompts follow at once, they come after a pause as in
+    traffic). Then processes that sleep must wake, and a core that did other work is slower."""
 
     async def stream_s(prompts: int) -> float:
         begun = asyncio.Event()
@@ -213,11 +222,15 @@ async def measure_door_ms(engine: Engine, chunk: int, ctx: int, repeats: int) ->
         seen = await stream
         return seen[-1][0] - seen[0][0]
 
-    pairs, alone = [], []
+    pairs, at_once, paused = [], [], []
     for _ in range(repeats):
         pairs.append((await stream_s(0), await stream_s(DOOR_PROMPTS), DOOR_PROMPTS))
-        alone += [(await engine.first_token(engine.prompt(chunk)))[0] for _ in range(2)]
-    return door_of(median(alone), pairs)
+        at_once += [(await engine.first_token(engine.prompt(chunk)))[0] for _ in range(2)]
+        for _ in range(2):
+            await engine.pause(PAUSE_S)
+            paused.append((await engine.first_token(engine.prompt(chunk)))[0])
+    held = held_ms(pairs)
+    return door_of(median(at_once), held), door_of(median(paused), held)
 
 
 def filled(cells: list[list[float | None]], xs: tuple[int, ...]) -> tuple[list[list[float]], int]:
@@ -270,9 +283,9 @@ async def table(engine: Engine, facts: Facts, points: Points, say: Say) -> tuple
             column.append(await prefill_ms(engine, chunk, prefix, points.repeats) if fits else None)
         columns.append(column)
         say(f"prefill behind {cached}: " + ", ".join(f"{c}: {ms:.1f} ms" for c, ms in zip(chunks, column, strict=True) if ms is not None))
-    door_ms = await measure_door_ms(engine, chunks[0], contexts[0], points.repeats)
-    say(f"outside the engine's steps: {door_ms:.1f} ms a request")
-    columns = [[ms if ms is None else max(ms - door_ms, ms * (1 - DOOR_MOST)) for ms in column] for column in columns]
+    at_once, door_ms = await doors_ms(engine, chunks[len(chunks) // 2], contexts[0], points.repeats)
+    say(f"outside the engine's steps: {at_once:.1f} ms of these, {door_ms:.1f} ms in traffic")
+    columns = [[ms if ms is None else max(ms - at_once, ms * (1 - DOOR_MOST)) for ms in column] for column in columns]
     cells = [list(row) for row in zip(*columns, strict=True)]
     cells, kept = _measured_columns(cells, kept)
     prefill, computed = filled(cells, chunks)

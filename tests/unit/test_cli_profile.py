@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from nitsum.perf.profile import parse
 from nitsum_cli.main import app
-from nitsum_cli.measure import door_of, filled, paces_ms
+from nitsum_cli.measure import door_of, filled, held_ms, paces_ms
 
 run = CliRunner()
 
@@ -95,6 +95,8 @@ def test_cells_that_do_not_fit_grow_as_attention_does() -> None:
 
 
 def test_the_door_is_what_a_prompt_takes_beyond_what_it_holds_a_stream_up() -> None:
-    assert door_of(15.0, [(0.24, 0.284, 4), (0.24, 0.28, 4), (0.24, 0.4, 4)]) == pytest.approx(4.0)
-    assert door_of(15.0, [(0.24, 0.22, 4)]) == pytest.approx(7.5), "a noisy pair cannot make all of it door"
-    assert door_of(15.0, [(0.24, 0.34, 4)]) == 0.0
+    held = held_ms([(0.24, 0.284, 4), (0.24, 0.28, 4), (0.24, 0.4, 4)])
+    assert held == pytest.approx(11)
+    assert door_of(15.0, held) == pytest.approx(4.0)
+    assert door_of(15.0, -5.0) == pytest.approx(7.5), "a noisy pair cannot make all of it door"
+    assert door_of(15.0, 25.0) == 0.0

@@ -1,6 +1,7 @@
 """A stock SGLang server as the reference: no plugin of ours but the CPU platform's, no store, overlap schedule off."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+
+PR_SET_PDEATHSIG = 1
+PRCTL = ctypes.CDLL(None).prctl
 
 
 def free_port() -> int:
@@ -42,7 +46,12 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
     ).split()
     with (folder / "stock.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "sglang.launch_server", *flags, *extra], env=env, stdout=log, stderr=log, start_new_session=True
+            [sys.executable, "-m", "sglang.launch_server", *flags, *extra],
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_dies_with_us,
         )
         try:
             _wait(f"http://127.0.0.1:{port}", process, folder / "stock.log", timeout_s)
@@ -51,6 +60,11 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
+
+
+def _dies_with_us() -> None:
+    """In the child: a test or a benchmark that is killed leaves no server behind, whose work would spoil all that is measured later."""
+    PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> None:
