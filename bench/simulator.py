@@ -59,15 +59,18 @@ def main() -> None:
     for name in registry.expand(args.policies, setting):
         began = time.process_time()
         fleet = Fleet(registry.build(name, setting), nodes, profile, traffic)
-        first: list[float] = []
+        seconds: list[tuple[float, float]] = []
+        """(simulated, CPU), about once a simulated second."""
 
-        def begun(second: float, first: list[float] = first) -> None:
-            first.append(time.process_time()) if not first else None
+        def heard(second: float, seconds: list[tuple[float, float]] = seconds) -> None:
+            seconds.append((second, time.process_time()))
 
-        result = fleet.run(begun)
+        result = fleet.run(heard)
         ended = time.process_time()
-        start, rest = first[0] - began, ended - first[0]
-        hour_s = start + rest * 3600 / args.seconds
+        start, rest = seconds[0][1] - began, ended - seconds[0][1]
+        # Without the end, when nothing arrives any more: an hour has it once too.
+        at, cpu = next((s for s in seconds if s[0] >= args.seconds), seconds[-1])
+        hour_s = ended - began + (cpu - seconds[0][1]) / (at - seconds[0][0]) * (3600 - args.seconds)
         found = {
             "requests": len(result.outcomes),
             "start_s": round(start, 2),
