@@ -81,7 +81,7 @@ def without_figures(status: Mapping[str, Any]) -> dict[str, Any]:
 
     Feasible is one of them: at its edge it follows every step of the demand estimate.
     """
-    plan = {k: v for k, v in (status.get("plan") or {}).items() if k not in ("expectedGoodput", "rejected", "reasons", "held", "remedies")}
+    plan = {k: v for k, v in (status.get("plan") or {}).items() if k not in ("expectedGoodput", "rejected", "reasons", "remedies")}
     conditions = [c for c in status.get("conditions") or [] if c["type"] != PoolCondition.FEASIBLE]
     reason = None if status.get("reason") == Reason.SLO_INFEASIBLE else status.get("reason")
     return {**{k: v for k, v in status.items() if k not in FIGURES}, "plan": plan, "conditions": conditions, "reason": reason}

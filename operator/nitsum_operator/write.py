@@ -31,6 +31,12 @@ class _Written:
     older: frozenset[str]
 
 
+def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """RFC 7396, from `old` to `new`: what is gone is null, at every depth."""
+    gone: dict[str, Any] = dict.fromkeys(set(old) - set(new))
+    return gone | {k: merge_patch(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
+
+
 class Writer:
     def __init__(self, custom: client.CustomObjectsApi) -> None:
         self._custom = custom
@@ -59,7 +65,7 @@ class Writer:
             return True
         seen, written = obj["metadata"].get("resourceVersion", ""), self._pools.get(key)
         version = written.version if written is not None else seen
-        patch = {"metadata": {"resourceVersion": version}, "status": {**dict.fromkeys(set(old) - set(new)), **new}}
+        patch = {"metadata": {"resourceVersion": version}, "status": merge_patch(old, new)}
         namespace, _, name = key.partition("/")
         call = self._custom.patch_namespaced_custom_object_status
         try:

@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from nitsum.faults import FaultPoint
+from nitsum.perf.profile import load_shipped
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
 from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
@@ -26,6 +27,7 @@ from nitsum_api.security import require_role, server_credentials
 from nitsum_api.types.v1 import types_pb2
 
 NAMESPACE = os.environ.get("TEST_RELEASE_NAMESPACE", "nitsum-system")
+PROFILE = load_shipped("tiny-llama.slot")
 POOL = {
     "apiVersion": "nitsum.io/v1alpha1",
     "kind": "ServingPool",
@@ -46,6 +48,9 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
         self.directives: list[agent_pb2.NodeDirective] = []
         self.version = CONTRACT_VERSION
         self.missing = {"/models/missing"}
+        self.slower = 0.0
+        """Times as slow as the profile says; 0: it tells nothing of its steps."""
+        self.serial = 0
 
     def facts(self, model: types_pb2.Model) -> agent_pb2.ModelFacts:
         if model.source.path in self.missing:
@@ -87,7 +92,12 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
                 report.applied_generation, report.applied_operation_id, report.epoch = d.generation, d.operation_id, 3
                 for g in d.layout:
                     g.epoch = 3
-                    report.groups.add(group=g, state=types_pb2.GROUP_STATE_OPEN)
+                    said = report.groups.add(group=g, state=types_pb2.GROUP_STATE_OPEN)
+                    if self.slower:
+                        self.serial += 1
+                        said.steps_serial = self.serial
+                        took = self.slower * PROFILE.decode_ms(g.tp_size, 4, 200)
+                        said.steps.add(phase="decode", batch=4, context=200, mean_ms=took, count=20)
                 for e in d.residency:
                     report.engines.add(engine=e, state=agent_pb2.EngineReport.STATE_PARKED)
                 for p in d.pools:
@@ -98,6 +108,7 @@ class ObedientAgent(agent_pb2_grpc.AgentServiceServicer):
 
 class ListeningGateway(gateway_pb2_grpc.GatewayServiceServicer):
     def __init__(self) -> None:
+        self.silent = False
         self.routes: list[gateway_pb2.ApplyRoutesRequest] = []
 
     async def Describe(self, request: Any, context: Any) -> gateway_pb2.DescribeResponse:
@@ -117,7 +128,8 @@ class ListeningGateway(gateway_pb2_grpc.GatewayServiceServicer):
             report.window_end.GetCurrentTime()
             pool = types_pb2.PoolRef(name="default/op-chat")
             report.tiers.add(pool=pool, tier="interactive", arrivals=2, finished=2, met_all=1)
-            yield gateway_pb2.WatchResponse(contract_version=CONTRACT_VERSION, report=report)
+            if not self.silent:
+                yield gateway_pb2.WatchResponse(contract_version=CONTRACT_VERSION, report=report)
             await asyncio.sleep(0.5)
 
 
@@ -146,7 +158,7 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 @pytest.fixture
 def operator(ctl: Kubectl, tmp_path: Path) -> Iterator[Start]:
-    """Starts one more; keywords are added to its environment."""
+    """Starts one more; `config` is its file, keywords are added to its environment."""
     token = ctl("-n", NAMESPACE, "create", "token", "nitsum-operator").strip()
     config = yaml.safe_load(Path(ctl.kubeconfig).read_text())  # type: ignore[attr-defined]
     config["users"][0]["user"] = {"token": token}
@@ -156,7 +168,10 @@ def operator(ctl: Kubectl, tmp_path: Path) -> Iterator[Start]:
     command = [sys.executable, "-m", "nitsum_operator.main", "--namespace", NAMESPACE, "--kubeconfig", str(path), "--health-port", "0"]
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(**environment: str) -> subprocess.Popen[bytes]:
+    def start(config: dict[str, Any] | None = None, **environment: str) -> subprocess.Popen[bytes]:
+        if config is not None:
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+            command.extend(["--config", str(tmp_path / "config.yaml")])
         with (tmp_path / "operator.log").open("ab") as log:
             started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment))
         return started[-1]
@@ -298,6 +313,25 @@ async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Start, tmp_pa
         ctl("delete", "servingpool", "op-chat")
         await until(lambda: len(agent.directives) == 3, "the directive that ends it")
         assert not agent.directives[2].layout
+
+
+async def test_step_times_are_learned_and_silence_keeps_the_plan(ctl: Kubectl, operator: Start, tmp_path: Path) -> None:
+    ctl("-n", NAMESPACE, "delete", "lease", "nitsum-operator", "--ignore-not-found")
+    operator(config={"planner": {"staleAfterSeconds": 3}})
+    async with announced(ctl, tmp_path) as (agent, gateway):
+        agent.slower = 1.5
+        ctl("apply", "-f", "-", stdin=json.dumps(POOL))
+        learned = lambda: (s := status(ctl)).get("plan", {}).get("profileOrigin", "").startswith("modelled, corrected by") and s  # noqa: E731
+        found = await until(learned, "a corrected profile")
+        assert "interactive" in found["plan"]["serving"]
+        gateway.silent = True
+        late = lambda: (s := status(ctl))["plan"].get("held", "").startswith("no fresh demand report") and s  # noqa: E731
+        held = await until(late, "that demand is not known")
+        count = len(agent.directives)
+        await asyncio.sleep(3)
+        assert (status(ctl)["layout"], len(agent.directives)) == (held["layout"], count), "layout, labels and limits stay"
+        gateway.silent = False
+        await until(lambda: "held" not in status(ctl)["plan"], "that it is known again")
 
 
 async def test_killed_at_every_point_and_then_deposed(ctl: Kubectl, operator: Start, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from nitsum_operator.plan import decide, snapshot
 from nitsum_operator.remember import lost_agent, spec_in_force
 from nitsum_operator.standing import Standing
 from nitsum_operator.status import Seen, pool_status, without_figures
+from nitsum_operator.write import merge_patch
 
 ROOT = Path(__file__).parents[2]
 
@@ -409,6 +410,11 @@ def test_status_says_who_serves_whom_what_is_held_and_what_would_help() -> None:
     bounded = shown(whole, plan=long).dump()
     assert [len(bounded["plan"][k]) for k in ("held", "reasons", "rejected", "remedies")] == [512, 16, 8, 8]
     assert {len(x) for k in ("reasons", "rejected", "remedies") for x in bounded["plan"][k]} == {512}
+
+
+def test_what_a_status_says_no_more_is_taken_out_at_every_depth() -> None:
+    old = {"layout": "x", "plan": {"held": "a flip is running", "id": "1"}, "reason": "r"}
+    assert merge_patch(old, {"layout": "x", "plan": {"id": "1"}}) == {"layout": "x", "plan": {"held": None, "id": "1"}, "reason": None}
 
 
 def test_only_tiers_of_groups_on_nodes_with_a_directive_in_work_flip() -> None:
