@@ -177,7 +177,7 @@ def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
 
 SHORT = 0.95
 """A tier of which less is served is short of groups."""
-LESS = 0.2
+LESS = 0.5
 """Part of what is lacking that a change must bring, to count for those that are short."""
 
 
