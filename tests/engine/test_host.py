@@ -146,6 +146,10 @@ class Running:
             shutil.rmtree(self.memory, ignore_errors=True)
 
 
+OUTPUT_TOKENS = 400
+"""Seconds: the stream of an engine that is ahead must still run when the others have begun and two flips are over."""
+
+
 @dataclass
 class Gateway:
     """Follows successors with exact resume, as a gateway does."""
@@ -163,7 +167,7 @@ class Gateway:
     async def send(self, name: str, group_id: str, epoch: int) -> None:
         self.hop[name] = self.hop.get(name, 0) + 1
         out = self.got.setdefault(name, [])
-        s = submit([*self.prompts[name], *out], 120, ignore_eos=True)
+        s = submit([*self.prompts[name], *out], OUTPUT_TOKENS, ignore_eos=True)
         s.request_id, s.group_id, s.epoch, s.resume_k = f"{name}:{self.hop[name]}", group_id, epoch, len(out)
         await self.call.write(node_pb2.AttachRequest(submit=s))
 
