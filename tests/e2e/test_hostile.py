@@ -20,16 +20,16 @@ EXPECTED = (200, 400, 404, 413, 429, 503)
 """429 and 503: streams of clients that left may still fill the queues."""
 
 
-def engines(system: System) -> dict[int, bool]:
-    """Pid of each engine that ever was -> it lives."""
-    return {line["pid"]: Path(f"/proc/{line['pid']}").exists() for line in system.stage.awake_lines()}
+def engines(system: System) -> set[int]:
+    """Pids of engines that have been awake and live."""
+    return {line["pid"] for line in system.stage.awake_lines() if Path(f"/proc/{line['pid']}").exists()}
 
 
 @pytest.mark.timeout(600)
 async def test_no_request_ends_an_engine(system: System) -> None:
     await system.serves()
     before = engines(system)
-    assert any(before.values())
+    assert before
     async with system.client() as client:
         r = await client.post("/v1/completions", json={"model": system.model, "prompt": "hi", "json_schema": '{"$ref":"#"}'})
         assert (r.status_code, r.json()["error"]["message"][:8]) == (400, "grammar:"), r.text
@@ -57,5 +57,5 @@ async def test_no_request_ends_an_engine(system: System) -> None:
     await asyncio.to_thread(run)
     print(f"answers by status, 0 for clients that left: {dict(answers)}")
     assert answers[200] > FUZZ_EXAMPLES // 20, answers
-    assert engines(system) == before, system.logs()
+    assert before <= engines(system), system.logs()
     await system.serves()
