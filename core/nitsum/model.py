@@ -1,6 +1,5 @@
 """What a model's config says about how it can be split: facts, legal TP degrees, bytes."""
 
-import itertools
 from dataclasses import dataclass
 
 
@@ -36,9 +35,3 @@ class ModelFacts:
             and self.intermediate_size % tp == 0
             and (self.num_kv_heads % tp == 0 or tp % self.num_kv_heads == 0)
         )
-
-
-def nests(tp_sizes: tuple[int, ...]) -> bool:
-    """True if the degrees form a divisor chain, so that every larger TP's shard lies within one of the smaller TP's shards."""
-    ordered = sorted(tp_sizes)
-    return all(b % a == 0 for a, b in itertools.pairwise(ordered))

@@ -27,6 +27,8 @@ from typing import Any
 FRAME_BYTES_MAX = 1 << 17
 ENV_ALLOWED = {"CUDA_VISIBLE_DEVICES", "SGLANG_CPU_OMP_THREADS_BIND", "TMPDIR", "PROMETHEUS_MULTIPROC_DIR"}
 """Many SGLANG_*, LD_* and OMP_* variables are read while importing: a child may differ from its zygote only in these, and in NITSUM_*."""
+LIBC = ctypes.CDLL(None, use_errno=True)
+"""Loaded here, for a child between fork and exec must not."""
 SELF_CHECK_FAILED = 3
 """Exit status: forking is not safe here, use --once."""
 
@@ -42,7 +44,7 @@ def threads() -> list[str]:
 
 def die_with_parent(parent: int) -> None:
     """SIGKILL when the parent's forking thread ends. The check closes the gap in which it ended before we asked."""
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)
+    LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 

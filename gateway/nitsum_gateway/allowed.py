@@ -66,6 +66,8 @@ REQUIRED = {
 }
 """One of these must be there."""
 DEPTH_MAX = 64
+TIER_KEY = "nitsum_tier"
+"""In custom_params: set by the dispatcher alone, which refuses what a client puts there; the router reads it."""
 NAME_CHARS_MAX = 100
 
 

@@ -15,14 +15,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nitsum_gateway import allowed, metrics
-from nitsum_gateway.allowed import NAME_CHARS_MAX
+from nitsum_gateway.allowed import NAME_CHARS_MAX, TIER_KEY
 from nitsum_gateway.bounds import too_long
 from nitsum_gateway.fronts import Front, Fronts
 from nitsum_gateway.wording import public
 
 log = logging.getLogger(__name__)
-
-TIER_KEY = "nitsum_tier"  # the router reads it; clients cannot set it
 
 BODY_BYTES_MAX = 16 << 20
 BODY_S_MAX = 60.0

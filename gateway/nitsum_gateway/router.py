@@ -18,14 +18,13 @@ from nitsum.routing import AdmissionClass
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
 from nitsum_gateway import control
+from nitsum_gateway.allowed import TIER_KEY
 from nitsum_gateway.demand import Demand
 from nitsum_gateway.emit import Emitter, Row, failure, finish_of
 from nitsum_gateway.sampling import logprobs_of, sampling_of
 
 log = logging.getLogger(__name__)
 
-TIER_KEY = "nitsum_tier"
-"""In custom_params: set by the dispatcher alone, which refuses what a client puts there."""
 IN_FLIGHT_MAX = 8192
 ADMISSIONS = {
     AdmissionClass.FEASIBLE: types_pb2.ADMISSION_FEASIBLE,

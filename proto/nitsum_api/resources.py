@@ -23,7 +23,6 @@ VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
 POOL_KIND, NODE_KIND = "ServingPool", "ServingNode"
 POOLS, NODES = "servingpools", "servingnodes"
-PLURALS = {POOL_KIND: POOLS, NODE_KIND: NODES}
 
 VOLUMES_ROOT = "/var/lib/nitsum/volumes"
 """Where agents mount the claims that pools name: `<root>/<claimName>/<path>`."""

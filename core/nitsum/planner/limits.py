@@ -47,7 +47,7 @@ def limits_of(
         return (*shares, *(TierShare(t, 0.0) for t in q.background)), Limits(0, kv_tokens, 0.0, 0)
     able = [(t, rate, batch) for t, rate, batch in zip(kind.tiers, kind.rates, kind.batches, strict=True) if rate > 0 and t in own]
     if not able:  # it cannot hold their targets: one at a time is the best it can do
-        return (*shares, *(TierShare(t, SHELTERED, 1) for t in q.background if loosest)), Limits(1, kv_tokens, 0.0, QUEUE_PER_RUNNING + 8)
+        return (*shares, *(TierShare(t, SHELTERED, 1) for t in q.background if loosest)), Limits(1, kv_tokens, 0.0, queue(0.0, None, 1))
     busy = sum(flows.get(t, 0.0) / rate for t, rate, _ in able) or 1.0
     uses = {t: max(flows.get(t, 0.0) / rate / busy, MIXED_MIN) for t, rate, _ in able}
     uses = {t: u / sum(uses.values()) for t, u in uses.items()}

@@ -92,7 +92,7 @@ class SlowPlane:
         if not why:
             own = frozenset(g.uuid for p in placed for g in p.gpus)
             asked, _, _ = problem([q], snapshot, self._capacity, frozenset(used) - own)
-            best, current = self._best(asked), self._at_best(serving.asked, serving.answer)
+            best, current = self._best(asked), serving.answer
             was = describe(len(p.gpus) for p in placed)
             would = wins(asked, best, current, settings.gain_min)
             to = shape(asked, best.counts, name)

@@ -1,7 +1,7 @@
 """A stock SGLang server as the reference: no plugin of ours but the CPU platform's, no store, overlap schedule off."""
 
 import contextlib
-import ctypes
+import functools
 import os
 import signal
 import socket
@@ -13,8 +13,7 @@ from pathlib import Path
 
 import httpx
 
-PR_SET_PDEATHSIG = 1
-PRCTL = ctypes.CDLL(None).prctl
+from nitsum_sglang.zygote import die_with_parent
 
 
 def free_port() -> int:
@@ -51,7 +50,8 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_dies_with_us,
+            # One that is killed leaves no server behind, whose work would spoil all that is measured later.
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
         try:
             _wait(f"http://127.0.0.1:{port}", process, folder / "stock.log", timeout_s)
@@ -60,11 +60,6 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
-
-
-def _dies_with_us() -> None:
-    """In the child: a test or a benchmark that is killed leaves no server behind, whose work would spoil all that is measured later."""
-    PRCTL(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> None:

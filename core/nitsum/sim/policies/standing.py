@@ -12,7 +12,7 @@ from nitsum.objective import mixture, strictest
 from nitsum.planner import Plan, PoolPlan, Snapshot
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
-from nitsum.planner.limits import QUEUE_PER_RUNNING
+from nitsum.planner.limits import queue
 from nitsum.planner.question import PoolQuestion, ask, kinds
 from nitsum.planner.roles import safe_of
 from nitsum.planner.serve import as_labelled
@@ -26,7 +26,7 @@ def _in_role(q: PoolQuestion, snapshot: Snapshot, g: Group) -> Group:
     rate, _, batch = next((f for f in found if f[0] > 0), (0.0, "", 0))
     running = max(batch, 1)
     prefill = round(rate * load.prompt, 1)
-    limits = Limits(running, model.kv_capacity_tokens(g.tp_size, q.tps), prefill, running * QUEUE_PER_RUNNING + 8)
+    limits = Limits(running, model.kv_capacity_tokens(g.tp_size, q.tps), prefill, queue(rate, None, running))
     return replace(g, capacity=limits)
 
 
