@@ -30,8 +30,16 @@ STANDINS = {  # means and coefficients of variation of the traces: where they ar
     "reason": {"arrivals": "poisson", "prompt": {"mean": 894, "cv": 3.6}, "output": {"mean": 1386, "cv": 1.5}},
     "mooncake": {"arrivals": "poisson", "prompt": {"mean": 12293, "cv": 1.3}, "output": {"mean": 345, "cv": 0.73}},
 }
-TIERS = {"strict": (500.0, 10.0), "loose": (2000.0, 30.0), "looser": (4000.0, 50.0), "reason": (5000.0, 25.0), "long": (10_000.0, 40.0)}
-"""TTFT and TPOT in ms for an 8B model; larger ones have `Model.slower` times as much."""
+TIERS = {
+    "fast": (500.0, 5.0),
+    "strict": (500.0, 10.0),
+    "loose": (2000.0, 30.0),
+    "looser": (4000.0, 50.0),
+    "reason": (5000.0, 25.0),
+    "long": (10_000.0, 40.0),
+    "bulk": (10_000.0, 100.0),
+}
+"""TTFT and TPOT in ms for an 8B model; larger ones have `Model.slower` times as much, `fast` a TPOT of its own: one that TP1 cannot meet."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,13 @@ class Model:
     name: str
     profile: str
     slower: float
+    fast_ms: float
     rates: Mapping[str, float]
+
+    def targets(self, tier: str) -> tuple[float, float]:
+        """(TTFT, TPOT) in ms."""
+        ttft_ms, tpot_ms = TIERS[tier]
+        return ttft_ms * self.slower, self.fast_ms if tier == "fast" else tpot_ms * self.slower
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class Mix:
 
     @property
     def strict(self) -> bool:
-        return any(tier == "strict" for tier, _, _ in self.streams)
+        return any(tier in ("fast", "strict") for tier, _, _ in self.streams)
 
 
 MIXES = {
@@ -63,6 +77,8 @@ MIXES = {
         Mix("chat+long", (("strict", "azure", 0.9), ("long", "mooncake", 0.1))),
         Mix("chat+reason", (("strict", "azure", 0.75), ("reason", "reason", 0.25))),
         Mix("all four", (("strict", "m-small", 0.4), ("loose", "azure", 0.4), ("reason", "reason", 0.1), ("long", "mooncake", 0.1))),
+        Mix("fast+bulk", (("fast", "azure", 0.25), ("bulk", "azure", 0.75))),
+        Mix("fast+loose+reason", (("fast", "m-small", 0.6), ("loose", "azure", 0.3), ("reason", "reason", 0.1))),
         Mix("no strict tier", (("loose", "azure", 0.5), ("looser", "m-small", 0.5))),
     )
 }
@@ -75,9 +91,9 @@ def _rates(*of_mix: float) -> dict[str, float]:
 MODELS = {
     m.name: m
     for m in (
-        Model("Llama-3.1-8B", f"llama-3.1-8b-instruct.{GPU}", 1.0, _rates(175.0, 80.0, 52.0, 44.0, 290.0)),
-        Model("Qwen3-14B", f"qwen3-14b.{GPU}", 1.5, dict.fromkeys(MIXES, 70.0)),
-        Model("Qwen3-32B", f"qwen3-32b.{GPU}", 2.0, _rates(40.0, 9.2, 12.0, 14.0, 80.0)),
+        Model("Llama-3.1-8B", f"llama-3.1-8b-instruct.{GPU}", 1.0, 5.0, _rates(175.0, 80.0, 52.0, 44.0, 100.0, 80.0, 290.0)),
+        Model("Qwen3-14B", f"qwen3-14b.{GPU}", 1.5, 8.0, dict.fromkeys(MIXES, 70.0)),
+        Model("Qwen3-32B", f"qwen3-32b.{GPU}", 2.0, 16.0, _rates(40.0, 9.2, 12.0, 14.0, 22.0, 20.0, 80.0)),
     )
 }
 
@@ -89,9 +105,7 @@ def missing(folder: Path | None) -> list[str]:
 
 def setting(model: Model, mix: Mix, gpus: int) -> tuple[Setting, Profile]:
     times = load_shipped(model.profile)
-    tiers = tuple(
-        Tier(t, TIERS[t][0] * model.slower, TIERS[t][1] * model.slower, default=i == 0) for i, (t, _, _) in enumerate(mix.streams)
-    )
+    tiers = tuple(Tier(t, *model.targets(t), default=i == 0) for i, (t, _, _) in enumerate(mix.streams))
     nodes = hardware.fleet(f"{max(gpus // 8, 1)}x{min(gpus, 8)}:{GPU}", times.model, times.tp_sizes)
     return Setting(Pool("default/bench", "bench", times.model, tiers, gpus), nodes, times, times), times
 

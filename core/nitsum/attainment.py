@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
-from nitsum.governor import batch_max, step_budget
+from nitsum.governor import depth, sizes, step_ms
 from nitsum.perf import StepTimeModel, door_ms
 
 CHUNK = 8192
@@ -33,13 +33,13 @@ EVEN = 0.3
 """Least dispersion that one group of several can count on, however evenly routers spread what comes: their views are a second old."""
 SHARED = 0.75
 """Power of the number of groups by which the wait for prefill falls; 1 if routers saw all there is to do."""
-SPREAD, CONVEX, TAIL = 1.35, 0.8, 1.5
+SPREAD, CONVEX, TAIL, MIXED_TAIL = 1.35, 0.8, 1.5, 1.1
 """Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
 MARGIN = 0.93
 """Of the rate found: the simulated engine's is rarely lower then."""
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
-BUSY_MAX = 0.85
+BUSY_MAX = 0.92
 """Share of the time that prefill may take: above it a little more load makes a long queue."""
 Points = tuple[tuple[float, float], ...]
 """(value, share of requests)"""
@@ -164,7 +164,7 @@ class Group:
     crowd: int = 1
     """Groups alike among which routers spread what comes, the least loaded first: each sees less of bursts and of long prompts."""
     _decode: dict[int, float] = field(default_factory=dict)
-    _chunks: dict[float, int] = field(default_factory=dict)
+    _sizes: dict[float, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompts, self.outputs = self.prompt.points(), self.output.points()
@@ -218,10 +218,13 @@ class Group:
 
     def chunk(self, tpot_ms: float) -> int:
         """Prefill tokens of a step beside decode, as plans give them to the governor."""
-        if tpot_ms not in self._chunks:
-            most = batch_max(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens)
-            self._chunks[tpot_ms] = step_budget(self.model, self.tp_size, most, self.ctx, tpot_ms)
-        return self._chunks[tpot_ms]
+        return self._sized(tpot_ms)[1]
+
+    def _sized(self, tpot_ms: float) -> tuple[int, int]:
+        """(as many as may run, tokens of prefill beside them)."""
+        if tpot_ms not in self._sizes:
+            self._sizes[tpot_ms] = sizes(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens)
+        return self._sizes[tpot_ms]
 
     def _mixed(self, batch: float, tpot_ms: float) -> "tuple[Prompts, tuple[tuple[float, float], ...], Points]":
         """With the governor: what these prompts cost, how long the guest's own take, and how long their own.
@@ -230,14 +233,17 @@ class Group:
         """
         b = max(round(1 + batch), 1)
         chunk, alone = self.chunk(tpot_ms), self.decode(1 + batch)
-        whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
+
+        def whole(p: float) -> float:
+            """A full step of this prompt, on average: its later chunks attend to the earlier ones."""
+            return step_ms(self.model, self.tp_size, chunk, b, self.ctx, int(max(p - chunk, 0.0) / 2))
 
         def took(p: float) -> float:
             rest = p % chunk
-            return p // chunk * whole + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
+            return p // chunk * whole(p) + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
 
-        own = [(p / chunk * whole, w) for p, w in self.prompts]
-        stalls = [(max(p / chunk * (whole - alone), 1e-6), w) for p, w in self.prompts]
+        own = [(p / chunk * whole(p), w) for p, w in self.prompts]
+        stalls = [(max(p / chunk * (whole(p) - alone), 1e-6), w) for p, w in self.prompts]
         each = tuple((took(p), w) for p, w in self.prompts)
         return Prompts.of(own, stalls, self.prompt.tail), tuple((took(p), w) for p, w in self.guests), each
 
@@ -279,7 +285,13 @@ class Group:
         ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, each, fixed, mixed)
         if guests:
             ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
-        return Point(ttft, self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts), batch, spread, busy)
+        held = self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts)
+        if mixed and goal.tpot_ms is not None:
+            # No step is longer than the target while no more run than its budget is sized for, whatever prefill there is.
+            most, chunk = self._sized(goal.tpot_ms)
+            if step_ms(self.model, self.tp_size, chunk, most, self.ctx, depth(self.prompt.mean, chunk)) <= goal.tpot_ms:
+                held = max(held, _phi((most + 0.5 - batch) / max(spread * math.sqrt(LIVES), 1e-6)))
+        return Point(ttft, held, batch, spread, busy)
 
     def _ttft(
         self,
@@ -297,7 +309,7 @@ class Group:
             return 1.0
         served = prompts.own if mixed else prompts.stall
         cs2 = (prompts.own2 if mixed else prompts.stall2) / served**2 - 1
-        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (1 + busy) * TAIL
+        tail = served * (rush + max(cs2, 0.0)) / (2 * max(1 - r * served, 0.03)) * (MIXED_TAIL if mixed else (1 + busy) * TAIL)
         tail = tail / self.crowd**SHARED + fixed / 2
         seen = _seen(busy, rush)
         share = 0.0

@@ -4,12 +4,15 @@ An engine that prefills first lets every stream wait for a whole prompt, however
 and at most a budget of prefill tokens; where the two cannot share a step they take turns, so that a stream waits for one chunk at most.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nitsum.perf import StepTimeModel
 
 CHUNK_MIN = 64
 """Of a budget: a step's fixed part would be paid too often for less."""
+LUMP, MEAN = 1.5, 0.95
+"""Of a TPOT that leaves no room for prefill beside decode: how long a step with prefill may be, and the mean of all."""
 CHUNK_MAX = 8192
 """Prefill tokens of a step that nothing waits for."""
 PAGE = 16
@@ -37,6 +40,17 @@ def room(budget: int, decodes: int, chunk_max: int, align: int = 1, mixes: bool 
     return Room(min(wanted, chunk_max), False)
 
 
+def step_ms(model: StepTimeModel, tp_size: int, chunk: int, batch: int, ctx: int, behind: int = 0) -> float:
+    """Of a step with `chunk` prefill tokens behind `behind` cached ones of their prompts, beside `batch` decodes of mean length `ctx`."""
+    dearer = model.prefill_ms(tp_size, chunk, behind) - model.prefill_ms(tp_size, chunk) if behind > 0 else 0.0
+    return model.mixed_ms(tp_size, chunk, batch, ctx) + max(dearer, 0.0)
+
+
+def depth(prompt: float, chunk: float) -> int:
+    """Cached tokens that a chunk has behind it on average, where prompts of mean `prompt` spread like an exponential distribution."""
+    return max(int(prompt - chunk / 2), 0)
+
+
 def prefill_budget(
     model: StepTimeModel,
     tp_size: int,
@@ -57,17 +71,9 @@ def prefill_budget(
         return 0
 
     def fits(pages: int) -> bool:
-        chunk = pages * page
-        dearer = model.prefill_ms(tp_size, chunk, behind) - model.prefill_ms(tp_size, chunk) if behind else 0.0
-        return model.mixed_ms(tp_size, chunk, batch, ctx) + max(dearer, 0.0) <= tpot_ms
+        return step_ms(model, tp_size, pages * page, batch, ctx, behind) <= tpot_ms
 
-    low, high = 1, max(chunk_max // page, 1)
-    if fits(high):
-        return high * page
-    while high - low > 1:  # high does not fit; low does, or is one page
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * page
+    return _most(fits, max(chunk_max // page, 1)) * page
 
 
 def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
@@ -78,18 +84,43 @@ def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, 
     ctx = max(int(prompt + output / 2), 1)
 
     def fits(b: int) -> bool:
-        return model.mixed_ms(tp_size, min(max(round(b * prompt / output), 1), CHUNK_MAX), b, ctx) <= tpot_ms
+        chunk = min(max(round(b * prompt / output), 1), CHUNK_MAX)
+        return step_ms(model, tp_size, chunk, b, ctx, depth(prompt, chunk)) <= tpot_ms
 
-    low, high = 1, max(int(kv_tokens / (prompt + output)), 1)
+    return _most(fits, max(int(kv_tokens / (prompt + output)), 1))
+
+
+def sizes(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> tuple[int, int]:
+    """(requests of these mean lengths that may run, prefill tokens of a step beside them) so that a tier keeps `tpot_ms`.
+
+    Every step ends within it where that leaves room for CHUNK_MIN; then prefill keeps up as well (`batch_max`). Else steps with prefill are
+    longer, up to LUMP times the target, and so few that the mean over steps is within MEAN of it.
+    """
+    ctx = max(int(prompt + output / 2), 1)
+    most = batch_max(model, tp_size, prompt, output, tpot_ms, kv_tokens)
+    first = prefill_budget(model, tp_size, most, ctx, tpot_ms)
+    chunk = prefill_budget(model, tp_size, most, ctx, tpot_ms, depth(prompt, first))
+    if chunk >= CHUNK_MIN or tpot_ms <= 0:
+        return most, chunk
+
+    def lump(b: int) -> int:
+        return max(prefill_budget(model, tp_size, b, ctx, LUMP * tpot_ms), CHUNK_MIN)
+
+    def fits(b: int) -> bool:
+        chunk, alone = lump(b), model.decode_ms(tp_size, b, ctx)
+        often = min(b * prompt / output / chunk, 1.0)
+        return alone + often * (step_ms(model, tp_size, chunk, b, ctx, depth(prompt, chunk)) - alone) <= MEAN * tpot_ms
+
+    most = _most(fits, max(int(kv_tokens / (prompt + output)), 1))
+    return most, lump(most)
+
+
+def _most(fits: Callable[[int], bool], high: int) -> int:
+    """The largest that fits, by bisection; at least 1."""
+    low = 1
     if fits(high):
         return high
     while high - low > 1:  # high does not fit; low does, or is one
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def step_budget(model: StepTimeModel, tp_size: int, batch: int, ctx: int, tpot_ms: float, chunk_max: int = CHUNK_MAX) -> int:
-    """`prefill_budget` beside as many as may run (`batch_max`: then prefill keeps up as well), never below CHUNK_MIN."""
-    within = prefill_budget(model, tp_size, batch, ctx, tpot_ms, chunk_max=chunk_max)
-    return max(within, CHUNK_MIN) if within else 0

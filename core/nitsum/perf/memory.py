@@ -2,7 +2,10 @@
 each resident engine holds about 3 GB besides (CUDA context, graphs, communicators); what is left is KV of the one that is awake.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from nitsum.perf import StepTimeModel
 
 ENGINE_BYTES = 3_000_000_000
 KV_FRACTION = 0.85
@@ -35,3 +38,16 @@ class GpuMemory:
         weights = sum(rank[tp].weight_bytes for tp in copies)
         left = self.gpu_bytes - weights - len(resident) * self.engine_bytes - max(rank[tp].activation_bytes for tp in resident)
         return max(int(left * self.kv_fraction) // rank[tp_size].kv_bytes_per_token, 0)
+
+
+WORTH = 0.5
+"""Of the KV tokens that the next larger TP would have without it: where the smallest TP leaves less, it is not worth its copy of weights."""
+
+
+def worth_residing(model: StepTimeModel, tp_sizes: Iterable[int]) -> tuple[int, ...]:
+    """Which of a pool's legal degrees to keep resident. The smallest decides how much of a GPU the one copy of the weights takes (a 32B's
+    at TP1 leaves 4 GB of 80), and to change it is a cold operation, so it is chosen by memory alone, not by demand."""
+    kept = tuple(sorted(set(tp_sizes)))
+    while len(kept) > 1 and model.kv_capacity_tokens(kept[1], kept) < WORTH * model.kv_capacity_tokens(kept[1], kept[1:]):
+        kept = kept[1:]
+    return kept

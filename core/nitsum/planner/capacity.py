@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nitsum.attainment import Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
-from nitsum.governor import batch_max, step_budget
+from nitsum.governor import sizes
 from nitsum.perf import StepTimeModel
 
 REMEMBERED_MAX = 8192
@@ -118,12 +118,11 @@ class Capacity:
     def size(
         self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...]
     ) -> tuple[int, int]:
-        """(requests that may run, prefill tokens of a step beside them) so that steps end within `tpot_ms`; see `governor.batch_max`."""
+        """(requests that may run, prefill tokens of a step beside them) so that streams keep `tpot_ms`; see `governor.sizes`."""
         prompt, output = rounded(prompt, STEP), rounded(output, STEP)
         key = version(model), tp_size, prompt, output, tpot_ms, resident
         if key not in self._sizes:
-            most = batch_max(model, tp_size, prompt, output, tpot_ms, model.kv_capacity_tokens(tp_size, resident))
-            self._sizes[key] = most, step_budget(model, tp_size, most, int(prompt + output / 2), tpot_ms)
+            self._sizes[key] = sizes(model, tp_size, prompt, output, tpot_ms, model.kv_capacity_tokens(tp_size, resident))
             if len(self._sizes) > REMEMBERED_MAX:
                 self._sizes.popitem(last=False)
         return self._sizes[key]

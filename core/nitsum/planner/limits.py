@@ -41,7 +41,15 @@ def limits_of(
     own = [t.name for t in q.slo_tiers if t.name in known and t.name not in serving.sheltered]
     total = sum(flows[t] for t in own)
     shares = tuple(TierShare(t, max(round(flows[t] / total, 3), SHARE_MIN) if total > 0 else round(1 / len(own), 3)) for t in own)
-    shares += tuple(TierShare(t, SHELTERED) for t in tiers if t in serving.sheltered)
+    spare = max(FILLED - (serving.used(k) if k is not None else 1.0), 0.0)
+    tpot_ms = min((t.tpot_ms for t in q.slo_tiers if t.name in own and t.tpot_ms is not None), default=None)
+
+    def beside(tier: str, part: float) -> int:
+        """As many requests of a tier as fit into a part of the group's time."""
+        of = q.demand[tier].prompt_tokens_mean or PRIOR_PROMPT, q.demand[tier].output_tokens_mean or PRIOR_OUTPUT
+        return max(round(part * capacity.size(model, tp_size, *of, tpot_ms or NO_TPOT_MS, q.tps)[0]), 1)
+
+    shares += tuple(TierShare(t, SHELTERED, beside(t, spare)) for t in tiers if t in serving.sheltered)
     shares += tuple(TierShare(t, 0.0) for t in dict.fromkeys(along))
     if kind is None or k is None or not kind.rates:
         return (*shares, *(TierShare(t, 0.0) for t in q.background)), Limits(0, kv_tokens, 0.0, 0)
@@ -56,16 +64,11 @@ def limits_of(
     prompt = sum(r * (q.demand[t].prompt_tokens_mean or PRIOR_PROMPT) for t, r in rates.items()) / rate
     output = sum(r * (q.demand[t].output_tokens_mean or PRIOR_OUTPUT) for t, r in rates.items()) / rate
     running = max(round(ROOM * sum(uses[t] * batch for t, _, batch in able)), 1)
-    tpot_ms = min((t.tpot_ms for t in q.slo_tiers if t.name in own and t.tpot_ms is not None), default=None)
     chunk, prefill = 0, round(rate * prompt, 1)
     if tpot_ms is not None:
         running, chunk = capacity.size(model, tp_size, prompt, output, tpot_ms, q.tps)
     if loosest:
-        spare = max(FILLED - serving.used(k), 0.0) / max(len(q.background), 1)
-        for t in q.background:
-            of = q.demand[t].prompt_tokens_mean or PRIOR_PROMPT, q.demand[t].output_tokens_mean or PRIOR_OUTPUT
-            most, _ = capacity.size(model, tp_size, *of, tpot_ms or NO_TPOT_MS, q.tps)
-            shares += (TierShare(t, SHELTERED, max(round(spare * most), 1)),)
+        shares += tuple(TierShare(t, SHELTERED, beside(t, spare / max(len(q.background), 1))) for t in q.background)
     ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in own and t.ttft_ms is not None), default=None)
     return shares, Limits(running, kv_tokens, prefill, queue(rate, ttft_ms, running), chunk)
 

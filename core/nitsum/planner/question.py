@@ -8,6 +8,7 @@ from nitsum.attainment import Goal
 from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode, Group
 from nitsum.perf import StepTimeModel
+from nitsum.perf.memory import worth_residing
 from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark
 from nitsum.planner.place import Running
 from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
@@ -17,6 +18,8 @@ from nitsum.pool import Pool, Tier
 PRIOR_RATE = 0.05
 """requests/s assumed of a tier nobody has asked for yet: enough to tell a layout that could serve it from one that could not."""
 BATCH = 32
+SPARED = 1.0
+"""Of the misses that a tier's target allows, those that a plan counts on: the rest is for what estimates do not see."""
 MIXED_MAX = 3
 """Neighbouring tiers that may share groups, unless all do: more sorts of groups cost time and gain nothing."""
 
@@ -29,6 +32,7 @@ class PoolQuestion:
     demand: dict[str, TierDemand]
     """With headroom."""
     tps: tuple[int, ...]
+    """Degrees that are legal and worth being resident."""
     nodes: tuple[NodeView, ...]
     """Those that it may use."""
     running: Running
@@ -39,6 +43,8 @@ class PoolQuestion:
     """GPUs that it may hold here: less what lost nodes may hold and what it still has on nodes that it may not use."""
     blocked: str = ""
     """Why nothing can be planned at all."""
+    left_out: tuple[int, ...] = ()
+    """Legal degrees whose weights would take the others' KV."""
 
     @property
     def slo_tiers(self) -> tuple[Tier, ...]:
@@ -109,7 +115,8 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     runs_here = {a for _, a, _ in had}
     nodes = [n for n in inside if n.node.legal_tp.get(pool.model) or n.node.agent_id in runs_here]
     times = snapshot.step_times[pool.name]
-    tps = _degrees(pool, nodes, times.tp_sizes, min(max((len(n.node.gpus) for n in nodes), default=0), budget))
+    legal = _degrees(pool, nodes, times.tp_sizes, min(max((len(n.node.gpus) for n in nodes), default=0), budget))
+    tps = worth_residing(times, legal)
     blocked = ""
     if not inside or not budget:
         blocked = "no GPU within budget and selector"
@@ -122,7 +129,7 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     demand = {t.name: headroom(seen.get(t.name, TierDemand(pool.name, t.name, 0.0)), quantile) for t in pool.tiers}
     mark = f"-{pool.checkpoint}" if pool.checkpoint else ""
     running = had if blocked else _fits(pool, mark, nodes, tps, budget)
-    return PoolQuestion(pool, demand, tps, tuple(nodes), running, had, budget, blocked)
+    return PoolQuestion(pool, demand, tps, tuple(nodes), running, had, budget, blocked, tuple(t for t in legal if t not in tps))
 
 
 def stale(pool: str, snapshot: Snapshot, now: float) -> bool:
@@ -136,7 +143,7 @@ def goal_of(tier: Tier, members: tuple[Tier, ...] = ()) -> tuple[Goal, str]:
 
     All decode in the same steps, so the strictest TPOT is everyone's; prompts wait for each other, but each has its own TTFT.
     """
-    share = max(t.target for t in (tier, *members))
+    share = max(1 - SPARED * (1 - t.target) for t in (tier, *members))
     tpot = min((t.tpot_ms for t in (tier, *members) if t.tpot_ms is not None), default=None)
     guest = min((t for t in members if t.ttft_ms is not None and t != tier), key=lambda t: (t.ttft_ms, t.name), default=None)
     if guest is None or (tier.ttft_ms is not None and (guest.ttft_ms or 0.0) > tier.ttft_ms):

@@ -96,6 +96,12 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
                 used = any((k, t) in flows for t in asked.kinds[k].tiers)
                 if used and fewer is not None and (k, fewer) not in tried and flow < EVEN_MIN * mean * groups[k]:
                     found.append((flow / mean / groups[k], k, fewer))
+        flowing = {t for _, t in flows}
+        for k in groups:  # nothing is left for it: what comes all the same goes to one group, not to all (`_sheltered`)
+            for tier in asked.kinds[k].tiers if len(asked.kinds[k].tiers) > 1 else ():
+                fewer = index.get((asked.kinds[k].tp_size, tuple(t for t in asked.kinds[k].tiers if t != tier)))
+                if tier not in flowing and fewer is not None and (k, fewer) not in tried:
+                    found.append((0.0, k, fewer))
         if not found:
             return answer
         _, k, fewer = min(found)

@@ -16,7 +16,12 @@ def describe(groups: Iterable[int]) -> str:
 
 def profile(q: PoolQuestion, snapshot: Snapshot) -> str:
     times = snapshot.step_times[q.pool.name]
-    return f"profile {getattr(times, 'name', '?')} ({times.origin})"
+    text = f"profile {getattr(times, 'name', '?')} ({times.origin})"
+    if q.left_out:
+        least, without = min(q.tps), times.kv_capacity_tokens(min(q.tps), q.tps)
+        beside = times.kv_capacity_tokens(least, (*q.left_out, *q.tps))
+        text += f"; TP {', '.join(map(str, q.left_out))} is not kept resident: beside it TP {least} has {beside} tokens of KV, not {without}"
+    return text
 
 
 def crowded(q: PoolQuestion, snapshot: Snapshot) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from nitsum.errors import InvalidSpec
 from nitsum.layout import FlipMode
 from nitsum.perf import FlipCost, StepTimeModel
+from nitsum.perf.memory import worth_residing
 from nitsum.planner import Plan, Planner, PlannerSettings, Snapshot
 from nitsum.planner.planes import Planes
 from nitsum.pool import AdaptationMode, Pool
@@ -55,6 +56,11 @@ class Setting:
         allowed = self.pool.allowed_tp or self.model.tp_sizes
         return tuple(t for t in self.model.tp_sizes if t in allowed and t <= min(widest, self.pool.budget_gpus) and t in legal)
 
+    @property
+    def resident_tp(self) -> tuple[int, ...]:
+        """Those that our planner keeps resident."""
+        return worth_residing(self.model, self.tps)
+
 
 def _fixed(s: Setting, tp_size: int, mode: AdaptationMode) -> Pool:
     return replace(s.pool, allowed_tp=(tp_size,), mode=mode)
@@ -82,7 +88,7 @@ def _replicas(s: Setting, name: str, tp_size: int) -> Policy:
 
 
 def _nitsum(s: Setting, name: str) -> Policy:
-    return Policy(name, replace(s.pool, mode=AdaptationMode.ACTIVE), s.flip_cost, s.tps, s.planner, None, s.settings)
+    return Policy(name, replace(s.pool, mode=AdaptationMode.ACTIVE), s.flip_cost, s.resident_tp, s.planner, None, s.settings)
 
 
 def _nitsum_at(s: Setting, name: str, flip: str) -> Policy:
