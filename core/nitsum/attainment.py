@@ -14,8 +14,10 @@ Means do not tell: a request whose TTFT is met on average is missed half of the 
 Lengths are lognormal by mean and 90th percentile, read at a few quantiles. TTFT and TPOT count as independent.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import NormalDist
 
 from nitsum.governor import batch_max, step_budget
@@ -39,6 +41,8 @@ MARGIN = 0.93
 """Of the rate found: the simulated engine's is rarely lower then."""
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
+STEPS_GAP = 2e-4
+"""Relative, of the share of prefill steps."""
 BUSY_MAX = 0.85
 """Share of the time that prefill may take: above it a little more load makes a long queue."""
 Points = tuple[tuple[float, float], ...]
@@ -50,7 +54,7 @@ class Lengths:
     mean: float
     p90: float = 0.0
 
-    @property
+    @cached_property
     def sigma(self) -> float:
         ratio = min(self.p90 / self.mean, math.exp(Z90**2 / 2 - 1e-3)) if self.mean > 0 else 1.0
         return Z90 - math.sqrt(max(Z90**2 - 2 * math.log(ratio), 0.0)) if ratio > 1 else 0.0
@@ -147,6 +151,21 @@ class Prompts:
         return Prompts(tuple(own), *moments)
 
 
+@dataclass(frozen=True)
+class Steady:
+    """Where decode and prefill settle at a rate: what does not depend on bursts, nor on TTFT. Times in ms, `prefills` steps per ms."""
+
+    batch: float
+    tpot: float
+    busy: float
+    decode: float
+    prefills: float
+    prompts: Prompts
+    sized: float = 0.0
+    """Governed: the batch that steps were sized beside."""
+    limit: str = ""
+
+
 @dataclass
 class Group:
     """One engine as its step times tell. Keeps what does not depend on the rate."""
@@ -165,6 +184,7 @@ class Group:
     """Groups alike among which routers spread what comes, the least loaded first: each sees less of bursts and of long prompts."""
     _decode: dict[int, float] = field(default_factory=dict)
     _chunks: dict[float, int] = field(default_factory=dict)
+    _settled: dict[tuple[float, float, float | None], Steady] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompts, self.outputs = self.prompt.points(), self.output.points()
@@ -176,11 +196,22 @@ class Group:
         """Of a prefill step, whatever it carries."""
         own = [(self._prefill(p), w) for p, w in self.prompts]
         self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own], self.prompt.tail)
-        self.guests = self.guest.points() if self.guest else ()
-        self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
+        self._scale = sum(p * w for p, w in self.prompts), sum(p * p * w for p, w in self.prompts) * self.prompt.tail
+        self._invite(self.guest)
         kv = self.kv_tokens = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
         self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
         self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
+
+    def _invite(self, guest: Lengths | None) -> None:
+        self.guest, self.guests = guest, guest.points() if guest else ()
+        self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
+
+    def among(self, crowd: int, dispersion: float, guest: Lengths | None) -> "Group":
+        """The same engine and lengths under other bursts and guests: what was worked out for one serves the other."""
+        other = copy.copy(self)
+        other.crowd, other.dispersion = crowd, dispersion
+        other._invite(guest)
+        return other
 
     def _prefill(self, tokens: float) -> float:
         if tokens <= CHUNK:
@@ -191,30 +222,41 @@ class Group:
 
     def decode(self, batch: float) -> float:
         """Linear between whole batches."""
-        low = max(int(batch), 1)
-        if low not in self._decode:
-            self._decode[low] = self.model.decode_ms(self.tp_size, low, self.ctx)
+        low, known = int(batch) if batch > 1 else 1, self._decode
+        if (first := known.get(low)) is None:
+            first = known[low] = self.model.decode_ms(self.tp_size, low, self.ctx)
         if batch <= low:
-            return self._decode[low]
-        if low + 1 not in self._decode:
-            self._decode[low + 1] = self.model.decode_ms(self.tp_size, low + 1, self.ctx)
-        return self._decode[low] + (batch - low) * (self._decode[low + 1] - self._decode[low])
+            return first
+        if (second := known.get(low + 1)) is None:
+            second = known[low + 1] = self.model.decode_ms(self.tp_size, low + 1, self.ctx)
+        return first + (batch - low) * (second - first)
 
     def _steps(self, rate: float, decode: float, work: float, fixed: float) -> tuple[float, float]:
         """Per ms: (prefill steps, decode steps). What arrives in a step (Poisson) is prefilled in one step after it."""
         if not fixed:
             return rate, max(1 - rate * work, 0.0) / decode
-        low, high = 0.0, rate
-        after = 1 - math.exp(-rate * decode)
-        for _ in range(12):
-            steps = (low + high) / 2
-            free = max(1 - rate * work - steps * fixed, 0.0) / decode
-            lasting = fixed + work * rate / steps
-            if steps < free * after * math.exp(min(rate * lasting, 50.0)):
-                low = steps
-            else:
+        spare = 1 - rate * work
+        if spare <= 0:
+            return rate, 0.0
+        after, grown = (1 - math.exp(-rate * decode)) / decode, rate * rate * work
+        low, high = 0.0, min(rate, spare / fixed)
+        steps = rate if rate < spare / fixed else high / 2
+        for _ in range(16):
+            # Root of ln(steps) - ln(free x after) - rate x lasting, which grows with steps: Newton's, within what is left by bisection.
+            free = spare - steps * fixed
+            above = math.log(steps / (free * after)) - min(rate * fixed + grown / steps, 50.0)
+            if above > 0:
                 high = steps
-        return high, max(1 - rate * work - high * fixed, 0.0) / decode
+            elif steps >= rate:
+                break
+            else:
+                low = steps
+            step = steps - above / (1 / steps + fixed / free + grown / steps**2)
+            near = abs(step - steps) <= STEPS_GAP * steps
+            steps = step if low < step < high else (low + high) / 2
+            if near or high - low <= STEPS_GAP * high:
+                break
+        return steps, max(spare - steps * fixed, 0.0) / decode
 
     def chunk(self, tpot_ms: float) -> int:
         """Prefill tokens of a step beside decode, as plans give them to the governor."""
@@ -223,23 +265,58 @@ class Group:
             self._chunks[tpot_ms] = step_budget(self.model, self.tp_size, most, self.ctx, tpot_ms)
         return self._chunks[tpot_ms]
 
-    def _mixed(self, batch: float, tpot_ms: float) -> "tuple[Prompts, tuple[tuple[float, float], ...], Points]":
-        """With the governor: what these prompts cost, how long the guest's own take, and how long their own.
+    def _mixed(self, batch: float, tpot_ms: float) -> tuple[float, float]:
+        """Governed: what a prompt's token takes, and by how much it delays the others, in a step beside this batch.
 
         Prompts share steps while others wait: one costs its part of a step, whatever it takes itself.
         """
-        b = max(round(1 + batch), 1)
-        chunk, alone = self.chunk(tpot_ms), self.decode(1 + batch)
+        chunk = self.chunk(tpot_ms)
+        whole = self.model.mixed_ms(self.tp_size, chunk, max(round(1 + batch), 1), self.ctx)
+        return whole / chunk, max(whole - self.decode(1 + batch), 0.0) / chunk
+
+    def _took(self, points: Points, batch: float, tpot_ms: float) -> Points:
+        """Governed: how long prompts take themselves beside this batch."""
+        b, chunk = max(round(1 + batch), 1), self.chunk(tpot_ms)
         whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
+        rests = [int(p % chunk) for p, _ in points]
+        return tuple(
+            (p // chunk * whole + (self.model.mixed_ms(self.tp_size, rest, b, self.ctx) if rest else 0.0), w)
+            for (p, w), rest in zip(points, rests, strict=True)
+        )
 
-        def took(p: float) -> float:
-            rest = p % chunk
-            return p // chunk * whole + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
+    def _settle(self, r: float, start: float, tpot_ms: float | None) -> Steady:
+        """`r` in requests/ms; `tpot_ms` that the governor keeps, None: stock. Monotone fixed point from below."""
+        mixed, mean = tpot_ms is not None, self.output.mean
+        fixed = 0.0 if mixed else self.fixed
+        own, stall = self.stock.own, self.stock.stall
+        batch, tpot, busy, sized = start, 0.0, 0.0, -1.0
 
-        own = [(p / chunk * whole, w) for p, w in self.prompts]
-        stalls = [(max(p / chunk * (whole - alone), 1e-6), w) for p, w in self.prompts]
-        each = tuple((took(p), w) for p, w in self.prompts)
-        return Prompts.of(own, stalls, self.prompt.tail), tuple((took(p), w) for p, w in self.guests), each
+        def stuck(limit: str, busy: float) -> Steady:
+            return Steady(self.kv_batch, 0.0, busy, 0.0, 0.0, self.stock, limit=limit)
+
+        for _ in range(40):
+            if tpot_ms is not None and batch > sized * 1.1 + 1:
+                token, delay = self._mixed(batch, tpot_ms)
+                own, stall, sized = token * self._scale[0], max(delay * self._scale[0], 1e-6), batch
+            if r * (own if mixed else stall) >= BUSY_MAX:
+                return stuck("prefill", 1.0)
+            decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
+            prefills, steps = self._steps(r, decode, stall, fixed)
+            if steps <= 0:
+                return stuck("prefill", 1.0)
+            tpot, busy = 1 / steps, r * stall + prefills * fixed
+            grown = r * mean * tpot
+            if grown > self.kv_batch:
+                return stuck("KV", busy)
+            if grown <= batch * 1.005 + 0.02:
+                batch = max(grown, batch)
+                break
+            batch = grown
+        prompts = self.stock
+        if tpot_ms is not None:
+            each = self._took(self.prompts, sized, tpot_ms)
+            prompts = Prompts(each, own, token**2 * self._scale[1], stall, max(delay**2 * self._scale[1], 1e-12))
+        return Steady(batch, tpot, busy, decode, prefills, prompts, sized)
 
     def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
         """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
@@ -248,36 +325,23 @@ class Group:
         fixed = 0.0 if mixed else self.fixed
         if not self.kv_fits or self.kv_batch < 1:
             return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
-        batch, tpot, busy, sized = start, 0.0, 0.0, -1.0
-        prompts, guests, each = self.stock, self.stock_guests, self.stock.each
-        for _ in range(40):  # monotone fixed point from below
-            if mixed and batch > sized * 1.1 + 1:
-                prompts, guests, each = self._mixed(batch, goal.tpot_ms or 0.0)
-                sized = batch
-            if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
-                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
-            decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
-            prefills, steps = self._steps(r, decode, prompts.stall, fixed)
-            if steps <= 0:
-                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
-            tpot, busy = 1 / steps, r * prompts.stall + prefills * fixed
-            grown = r * self.output.mean * tpot
-            if grown > self.kv_batch:
-                return Point(0.0, 0.0, self.kv_batch, 0.0, busy, "KV")
-            if grown <= batch * 1.005 + 0.02:
-                batch = max(grown, batch)
-                break
-            batch = grown
+        key = r, start, goal.tpot_ms if mixed else None
+        if (found := self._settled.get(key)) is None:
+            found = self._settled[key] = self._settle(*key)
+        batch, tpot, busy, decode, prompts = found.batch, found.tpot, found.busy, found.decode, found.prompts
+        if found.limit:
+            return Point(0.0, 0.0, batch, 0.0, busy, found.limit)
         rush = max(self.dispersion / self.crowd, EVEN)
         slope = self.decode(batch + 2) - self.decode(batch + 1)
         feedback = min(r * self.output.mean * slope / max(1 - busy, 0.03), 0.9)
         spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
         if batch + 1.64 * spread > self.kv_batch:
             return Point(0.0, 0.0, batch, spread, busy, "KV")
-        shared = prefills / r * fixed if r > 0 else fixed
+        shared = found.prefills / r * fixed if r > 0 else fixed
         waits = r * prompts.own if mixed else busy
-        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, each, fixed, mixed)
-        if guests:
+        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, prompts.each, fixed, mixed)
+        if self.guests:
+            guests = self._took(self.guests, found.sized, goal.tpot_ms) if mixed and goal.tpot_ms is not None else self.stock_guests
             ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
         return Point(ttft, self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts), batch, spread, busy)
 

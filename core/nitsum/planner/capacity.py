@@ -9,7 +9,7 @@ from nitsum.demand import TierDemand
 from nitsum.governor import batch_max, step_budget
 from nitsum.perf import StepTimeModel
 
-REMEMBERED_MAX = 8192
+REMEMBERED_MAX, ENGINES_MAX = 8192, 256
 STEP, RATIO, COARSE = 1.05, 1.2, 1.5
 """Means of lengths count as the nearest power of the first, tails of the second, burstiness of the third: no estimate of them is better,
 and it keeps plans from trembling."""
@@ -66,6 +66,7 @@ class Capacity:
         """`governed`: engines size their prefill steps by TPOT."""
         self.governed = governed
         self._known: OrderedDict[tuple[object, ...], Safe] = OrderedDict()
+        self._engines: OrderedDict[tuple[object, ...], Group] = OrderedDict()
         self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
         self._sizes: OrderedDict[tuple[object, ...], tuple[int, int]] = OrderedDict()
         self.left: int | None = None
@@ -97,14 +98,12 @@ class Capacity:
             return found
         if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m):
             return before[1]
-        prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
-        group = Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident, crowd)
-        found = safe(group, goal)
+        engine = self._engine(model, tp_size, m, resident)
+        found = safe(engine.among(crowd, m.dispersion, other), goal)
         held = found.rate
         for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
-            group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident, crowd)
-            some = safe(group, replace(goal, share=min(goal.share, HALF)))
+            some = safe(engine.among(crowd, rush, other), replace(goal, share=min(goal.share, HALF)))
             if part * some.rate > found.rate:
                 found = Safe(part * some.rate, found.binding, some.batch, held)
         self._known[key] = found
@@ -113,6 +112,15 @@ class Capacity:
         for known in (self._known, self._latest):
             while len(known) > REMEMBERED_MAX:
                 known.popitem(last=False)
+        return found
+
+    def _engine(self, model: StepTimeModel, tp_size: int, m: Mark, resident: tuple[int, ...]) -> Group:
+        key = version(model), tp_size, m.prompt, m.prompt_ratio, m.output, m.output_ratio, resident
+        if (found := self._engines.get(key)) is None:
+            prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
+            found = self._engines[key] = Group(model, tp_size, prompt, output, governed=self.governed, resident_tp=resident)
+            if len(self._engines) > ENGINES_MAX:
+                self._engines.popitem(last=False)
         return found
 
     def size(
