@@ -28,10 +28,9 @@ class _Rows:
         self.high: list[float] = []
 
     def add(self, terms: list[tuple[int, float]], low: float, high: float) -> None:
-        for column, factor in terms:
-            self.data.append(factor)
-            self.row.append(len(self.low))
-            self.column.append(column)
+        self.column += [column for column, _ in terms]
+        self.data += [factor for _, factor in terms]
+        self.row += [len(self.low)] * len(terms)
         self.low.append(low)
         self.high.append(high)
 
@@ -122,13 +121,19 @@ def solve(
         gain[i] = -problem.new_loss(pool, tp_size)
 
     rows = _Rows()
+    by_want: dict[int, list[int]] = {}
+    by_kind: dict[int, list[tuple[int, float]]] = {}
+    groups: dict[int, list[tuple[int, float]]] = {}
+    for (k, t), i in f_at.items():
+        by_want.setdefault(t, []).append(i)
+        by_kind.setdefault(k, []).append((i, 1.0 / problem.kinds[k].rate(problem.wants[t].tier)))
+    for (_, k), i in n_at.items():
+        groups.setdefault(k, []).append((i, -1.0))
     for t in range(len(problem.wants)):
-        terms = [(i, 1.0) for (_, of), i in f_at.items() if of == t]
+        terms = [(i, 1.0) for i in by_want.get(t, ())]
         rows.add(terms + [(g_at[t, piece], -1.0) for piece in range(PIECES)], 0.0, np.inf)
-    for k, kind in enumerate(problem.kinds):
-        flows = [(i, 1.0 / kind.rate(problem.wants[t].tier)) for (of, t), i in f_at.items() if of == k]
-        if flows:
-            rows.add(flows + [(i, -1.0) for (_, of), i in n_at.items() if of == k], -np.inf, 0.0)
+    for k in sorted(by_kind):
+        rows.add(by_kind[k] + groups.get(k, []), -np.inf, 0.0)
     for pool, budget in problem.budgets.items():
         terms = [(i, float(problem.kinds[k].tp_size)) for (_, k), i in n_at.items() if problem.kinds[k].pool == pool]
         if terms:
@@ -159,7 +164,7 @@ def solve(
     if fixed is None and not problem.legal(counts):
         return None
     through = {(k, problem.wants[t].tier): float(x[i]) for (k, t), i in f_at.items() if x[i] > 1e-9}
-    safe = {(w.pool, w.tier): sum(float(x[i]) for (_, of), i in f_at.items() if of == t) for t, w in enumerate(problem.wants)}
+    safe = {(w.pool, w.tier): sum(float(x[i]) for i in by_want.get(t, ())) for t, w in enumerate(problem.wants)}
     served = {(w.pool, w.tier): min(safe[w.pool, w.tier], w.rate) for w in problem.wants}
     note = "" if proven else f"the exact search ended at its bound of {nodes_max} nodes, gap {gap:.2%}"
     return Answer(counts if fixed is None else dict(fixed), float(gain @ x), served, safe, through, by, note)

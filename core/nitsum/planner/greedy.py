@@ -28,17 +28,18 @@ class _Left:
         self.members: list[tuple[int, ...]] = []
         self.filled: list[tuple[int, float, list[tuple[int, int, float]]]] = [(-1, 0.0, [])] * len(problem.kinds)
         index = {(w.pool, w.tier): t for t, w in enumerate(problem.wants)}
-        self.ways: list[list[tuple[float, float, int, int]]] = []
-        """By kind: (worth x rate, rate, want, piece), what earns most first."""
+        self.ways: list[list[tuple[float, int, int, float, float]]] = []
+        """By kind: (-worth x rate, want, piece, rate, worth), what earns most first."""
         for kind in problem.kinds:
             ways = [
-                (worth * rate, rate, t, piece)
+                (-worth * rate, t, piece, rate, worth * rate / rate)
                 for tier, rate in zip(kind.tiers, kind.rates, strict=True)
                 if rate > 0 and (t := index.get((kind.pool, tier))) is not None
                 for piece, (_, worth) in enumerate(pieces[t])
             ]
-            self.ways.append(sorted(ways, key=lambda w: (-w[0], w[2], w[3])))
-            self.members.append(tuple({t for _, _, t, _ in ways}))
+            ways.sort()
+            self.ways.append(ways)
+            self.members.append(tuple({w[1] for w in ways}))
         self.places = [
             tuple(c for c, cls in enumerate(problem.classes) if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0)
             for kind in problem.kinds
@@ -49,14 +50,14 @@ class _Left:
     def fill(self, k: int, groups: float) -> tuple[float, list[tuple[int, int, float]]]:
         """(what so many groups earn on what is left, the pieces they fill)."""
         earned, left, filled = 0.0, groups, []
-        for density, rate, t, piece in self.ways[k]:
+        needs = self.need
+        for _, t, piece, rate, worth in self.ways[k]:
             if left <= 1e-12:
                 break
-            if (need := self.need[t][piece]) <= 1e-12:
+            if (need := needs[t][piece]) <= 1e-12:
                 continue
-            got = min(need, left * rate)
-            if got > 1e-12:
-                earned += density / rate * got
+            if (got := min(need, left * rate)) > 1e-12:
+                earned += worth * got
                 left -= got / rate
                 filled.append((t, piece, got))
         return earned, filled

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from nitsum.planner.types import NodeView
 from nitsum.topology import Gpu
@@ -26,7 +27,7 @@ class Placed:
     gpus: tuple[Gpu, ...]
     tiers: tuple[str, ...]
 
-    @property
+    @cached_property
     def key(self) -> tuple[str, str, tuple[str, ...]]:
         return self.pool, self.agent_id, tuple(g.uuid for g in self.gpus)
 
@@ -71,9 +72,10 @@ def labelled(pool: str, slots: list[Slot], blocks: list[tuple[str, tuple[Gpu, ..
     """Which of the blocks serves which tiers: those that served them before go on."""
     left = {s.tiers: s.wanted for s in slots}
     now = {b: running.get((pool, b[0], tuple(g.uuid for g in b[1])), ()) for b in blocks}
+    ordered = sorted(blocks)
     placed = []
     for kept in (True, False):
-        for at in sorted(blocks):
+        for at in ordered:
             if at not in now:
                 continue
             tiers = now[at] if kept and left.get(now[at], 0) > 0 else next((t for t, n in sorted(left.items()) if n > 0), ())

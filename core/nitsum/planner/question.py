@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import NormalDist
 
 from nitsum.attainment import Goal
@@ -40,7 +41,7 @@ class PoolQuestion:
     blocked: str = ""
     """Why nothing can be planned at all."""
 
-    @property
+    @cached_property
     def slo_tiers(self) -> tuple[Tier, ...]:
         """Strictest TPOT first; tiers without an SLO ride along and have no say."""
         key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
@@ -209,7 +210,7 @@ def nearest(problem_kinds: tuple[Kind, ...], pool: str, tp_size: int, tiers: Col
     asked = set(tiers)
     same = [i for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
     return max(
-        same, key=lambda i: (len(asked & set(problem_kinds[i].tiers)) - 0.5 * len(set(problem_kinds[i].tiers) - asked), -i), default=None
+        same, key=lambda i: (len(asked & problem_kinds[i].members) - 0.5 * len(problem_kinds[i].members - asked), -i), default=None
     )
 
 
