@@ -8,6 +8,7 @@ from nitsum.attainment import Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
 from nitsum.governor import batch_max, step_budget
 from nitsum.perf import StepTimeModel
+from nitsum.planner.problem import Kind
 
 REMEMBERED_MAX, ENGINES_MAX = 8192, 256
 STEP, RATIO, COARSE = 1.05, 1.2, 1.5
@@ -69,7 +70,19 @@ class Capacity:
         self._engines: OrderedDict[tuple[object, ...], Group] = OrderedDict()
         self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
         self._sizes: OrderedDict[tuple[object, ...], tuple[int, int]] = OrderedDict()
+        self._kinds: OrderedDict[str, tuple[object, dict[tuple[int, int, str, int], Kind | None]]] = OrderedDict()
         self.left: int | None = None
+        self.guessed = False
+        """Whether an answer was what was known of other lengths."""
+
+    def kinds(self, pool: str, asked: object) -> dict[tuple[int, int, str, int], Kind | None]:
+        """Kinds of groups made of these answers, for who asks to fill, by (TP, crowd, first tier, tiers); emptied when `asked` changes."""
+        if (found := self._kinds.get(pool)) is None or found[0] != asked:
+            found = self._kinds[pool] = asked, {}
+            self._kinds.move_to_end(pool)
+            while len(self._kinds) > ENGINES_MAX:
+                self._kinds.popitem(last=False)
+        return found[1]
 
     def of(
         self,
@@ -97,6 +110,7 @@ class Capacity:
                 self._latest[last] = m, found
             return found
         if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m):
+            self.guessed = True
             return before[1]
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
         engine = self._engine(model, tp_size, m, resident)

@@ -9,7 +9,7 @@ from nitsum.attainment import Goal
 from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode, Group
 from nitsum.perf import StepTimeModel
-from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark
+from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark, version
 from nitsum.planner.place import Running
 from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
 from nitsum.planner.types import NodeView, Snapshot
@@ -168,25 +168,35 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
         for last in range(first + 1, len(tiers) + 1)
         if last - first <= MIXED_MAX or last - first == len(tiers)
     ]
-    shared = [[(t.name, *goal_of(t, members)) for t in members] for members in runs]
     prompts = {n: (m.prompt, m.prompt_ratio) for n, m in marks.items()}
-    found = []
+    known = capacity.kinds(pool.name, (version(model), question.tps, tiers, marks))
+    found: list[Kind | None] = []
     for tp_size in question.tps if tps is None else tps:
         works = {t.name: work(question.demand[t.name], model, tp_size) for t in tiers}
-        for sharing in shared:
-            crowd = _crowd(question.budget // tp_size, sum(works[t] for t, _, _ in sharing) / sum(works.values()))
+        whole, groups = sum(works.values()), question.budget // tp_size
+        for members in runs:
+            crowd = _crowd(groups, sum(works[t.name] for t in members) / whole)
+            key = tp_size, crowd, members[0].name, len(members)
+            if key in known:
+                found.append(known[key])
+                continue
+            sharing = [(t.name, *goal_of(t, members)) for t in members]
+            capacity.guessed = False
             safe = [
                 capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, crowd)
                 for t, goal, guest in sharing
             ]
-            if len(sharing) > 1 and not all(s.rate for s in safe):
-                continue  # fewer share it as well
-            names = tuple(t for t, _, _ in sharing)
-            rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
-            found.append(Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None))
+            kind = None
+            if len(sharing) == 1 or all(s.rate for s in safe):  # else fewer share it as well
+                names = tuple(t for t, _, _ in sharing)
+                rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
+                kind = Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None)
+            found.append(kind)
+            if not capacity.guessed:
+                known[key] = kind
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
-    return tuple(found)
+    return tuple(k for k in found if k is not None)
 
 
 def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list[Class], list[list[NodeView]]]:
