@@ -5,6 +5,8 @@ Variables: n[c,k] groups (integer), f[k,t] flow of a tier through a kind, its pi
 d[c,p,tp] groups beyond those that run. maximise sum weight x worth x g - loss x d.
 """
 
+from dataclasses import replace
+
 import highspy
 import numpy as np
 from highspy._core import _Highs
@@ -182,6 +184,10 @@ def solve(
     for (_, pool, tp_size), i in model.d_at.items():
         gain[i] = -problem.new_loss(pool, tp_size)
     begin = model.started(problem, start) if start is not None and fixed is None else None
+    if start is not None and begin is not None:
+        found, _, _ = _run(-gain, model, lower, upper, 0, nodes_max, None)
+        if found is not None and gain @ found - gain @ begin <= GAP * abs(gain @ begin):
+            return replace(start, by=by, note="")  # parts of groups would not earn more than the gap
     x, proven, gap = _run(-gain, model, lower, upper, 0 if fixed is not None else len(n_at), nodes_max, begin)
     if x is None:
         return None

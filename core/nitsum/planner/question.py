@@ -204,11 +204,19 @@ def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list
     tps = sorted({t for q in questions for t in q.tps})
     by_mark: dict[object, list[NodeView]] = {}
     nodes = {n.node.agent_id: n for q in questions for n in q.nodes}
+    used: dict[str, set[str]] = {}
+    for q in questions:
+        for n in q.nodes:
+            used.setdefault(n.node.agent_id, set()).add(q.pool.name)
     for agent_id in sorted(nodes):
         n = nodes[agent_id]
-        pools = frozenset(q.pool.name for q in questions if any(m.node.agent_id == agent_id for m in q.nodes))
-        blocks = tuple((t, sum(not barred & {g.uuid for g in b} for b in n.node.blocks(t))) for t in tps)
-        free = sum(g.uuid not in barred for g in n.node.gpus)
+        pools = frozenset(used[agent_id])
+        own = barred & {g.uuid for g in n.node.gpus} if barred else barred
+        if own:
+            blocks = tuple((t, sum(own.isdisjoint([g.uuid for g in b]) for b in n.node.blocks(t))) for t in tps)
+        else:
+            blocks = tuple((t, len(n.node.blocks(t))) for t in tps)
+        free = len(n.node.gpus) - len(own)
         by_mark.setdefault((pools, blocks, free, tuple(sorted({g.type for g in n.node.gpus}))), []).append(n)
     members = list(by_mark.values())
     marks = list(by_mark)
