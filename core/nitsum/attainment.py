@@ -112,16 +112,12 @@ class Point:
         return 0.0 if self.limit else self.ttft_share * self.tpot_share
 
 
-def _phi(z: float) -> float:
-    return 0.5 * (1 + math.erf(z / math.sqrt(2)))
-
-
-def _lognormal(x: float, mean: float, stddev: float) -> float:
+def _lognormal(x: float, mean: float, variance: float) -> float:
     """Share below x. Stalls only add: what is above the mean reaches further than what is below."""
-    sigma2 = math.log1p((stddev / mean) ** 2)
+    sigma2 = math.log1p(variance / mean**2)
     if sigma2 < 1e-12:
         return float(mean <= x)
-    return _phi((math.log(x / mean) + sigma2 / 2) / math.sqrt(sigma2))
+    return 0.5 + 0.5 * math.erf((math.log(x / mean) + sigma2 / 2) / math.sqrt(2 * sigma2))
 
 
 def _seen(busy: float, rush: float) -> float:
@@ -188,6 +184,8 @@ class Group:
 
     def __post_init__(self) -> None:
         self.prompts, self.outputs = self.prompt.points(), self.output.points()
+        self.lives = tuple((max(tokens - 1, 1.0), w) for tokens, w in self.outputs)
+        """(decode steps of a request, share of requests)."""
         mean = self.prompt.mean
         self.door = door_ms(self.model, self.tp_size)
         self.ctx = max(int(mean + self.output.mean / 2), 1)
@@ -318,8 +316,9 @@ class Group:
             prompts = Prompts(each, own, token**2 * self._scale[1], stall, max(delay**2 * self._scale[1], 1e-12))
         return Steady(batch, tpot, busy, decode, prefills, prompts, sized)
 
-    def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
-        """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
+    def at(self, rate: float, goal: Goal, start: float = 0.0, least: float = 0.0) -> Point:
+        """`rate` in requests/s. `start`: the batch at a lower rate, to begin from. `least`: where fewer meet their TTFT, TPOT is not
+        worked out."""
         r = rate / 1e3
         mixed = self.governed and goal.tpot_ms is not None
         fixed = 0.0 if mixed else self.fixed
@@ -343,7 +342,8 @@ class Group:
         if self.guests:
             guests = self._took(self.guests, found.sized, goal.tpot_ms) if mixed and goal.tpot_ms is not None else self.stock_guests
             ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
-        return Point(ttft, self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts), batch, spread, busy)
+        tpots = self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts) if ttft >= least else 1.0
+        return Point(ttft, tpots, batch, spread, busy)
 
     def _ttft(
         self,
@@ -389,16 +389,13 @@ class Group:
             return 1.0
         wide = (self.decode(1 + batch + spread * math.sqrt(LIVES)) - self.decode(1 + batch)) / max(1 - busy, 0.03)
         stall2 = prompts.stall2 + 2 * prompts.stall * fixed + fixed**2
+        # Of one step. A stall lasts while more arrive: as the busy period of a queue, hence the division.
+        stalls2 = r * tpot * stall2 * rush / max(1 - busy, 0.03) ** 2
+        burst = BURST * max(rush - 1, 0.0) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03)
         share = 0.0
-        for tokens, weight in self.outputs:
-            steps = max(tokens - 1, 1.0)
-            life = steps * tpot
-            # A stall lasts while more arrive: as the busy period of a queue, hence the division.
-            stalls = math.sqrt(r * life * stall2 * rush) / max(1 - busy, 0.03) / steps
-            burst = BURST * max(rush - 1, 0.0) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03) / steps
-            spread_ms = SPREAD * math.hypot(wide, stalls)
-            mean = tpot + burst + CONVEX * spread_ms**2 / tpot
-            share += weight * _lognormal(target, mean, spread_ms)
+        for steps, weight in self.lives:
+            spread2 = SPREAD**2 * (wide**2 + stalls2 / steps)
+            share += weight * _lognormal(target, tpot + burst / steps + CONVEX * spread2 / tpot, spread2)
         return share
 
 
@@ -421,29 +418,26 @@ def safe(group: Group, goal: Goal) -> Safe:
     """The largest rate at which the goal's share is met, within 1 %. Rate 0 where even a lone request misses a target."""
 
     held = Point(1.0, 1.0, 0.0, 0.0, 0.0)
+    broken = 1e-3, 0.0
 
-    def misses(rate: float) -> Point | None:
-        nonlocal held
-        p = group.at(rate, goal, held.batch)
-        if p.share < goal.share:
-            return p
-        held = p
-        return None
+    def misses(rate: float) -> bool:
+        nonlocal held, broken
+        p = group.at(rate, goal, held.batch, goal.share)
+        if missed := p.share < goal.share:
+            broken = rate, held.batch
+        else:
+            held = p
+        return missed
 
-    if (lone := misses(1e-3)) is not None:
-        return Safe(0.0, binding_of(lone), 0)
-    high = 0.25 / group.stock.stall * 1e3
-    low, broken = 0.0, misses(high)
-    while broken is None:
+    if misses(1e-3):
+        return Safe(0.0, binding_of(group.at(1e-3, goal)), 0)
+    low, high = 0.0, 0.25 / group.stock.stall * 1e3
+    while not misses(high):
         low, high = high, high * 2
-        broken = misses(high)
     for _ in range(20):
         if high - low <= 0.01 * high:
             break
         middle = (low + high) / 2
-        if (p := misses(middle)) is not None:
-            high, broken = middle, p
-        else:
-            low = middle
+        low, high = (low, middle) if misses(middle) else (middle, high)
     batch = math.ceil(1 + held.batch + 2 * held.batch_stddev)
-    return Safe(MARGIN * low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))
+    return Safe(MARGIN * low, binding_of(group.at(broken[0], goal, broken[1])), min(batch, max(int(group.kv_batch), 1)))

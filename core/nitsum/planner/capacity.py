@@ -4,7 +4,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-from nitsum.attainment import Goal, Group, Lengths, Safe, safe
+from nitsum.attainment import MARGIN, Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
 from nitsum.governor import batch_max, step_budget
 from nitsum.perf import StepTimeModel
@@ -117,7 +117,10 @@ class Capacity:
         found = safe(engine.among(crowd, m.dispersion, other), goal)
         held = found.rate
         for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
-            some = safe(engine.among(crowd, rush, other), replace(goal, share=min(goal.share, HALF)))
+            group, looser = engine.among(crowd, rush, other), replace(goal, share=min(goal.share, HALF))
+            if found.rate and group.at(found.rate / part / MARGIN, looser).share < looser.share:
+                continue  # fewer than that part meet them where it would take as many to count for more
+            some = safe(group, looser)
             if part * some.rate > found.rate:
                 found = Safe(part * some.rate, found.binding, some.batch, held)
         self._known[key] = found

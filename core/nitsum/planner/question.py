@@ -227,9 +227,7 @@ def nearest(problem_kinds: tuple[Kind, ...], pool: str, tp_size: int, tiers: Col
     """The kind whose tiers are most like these."""
     asked = set(tiers)
     same = [i for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
-    return max(
-        same, key=lambda i: (len(asked & problem_kinds[i].members) - 0.5 * len(problem_kinds[i].members - asked), -i), default=None
-    )
+    return max(same, key=lambda i: (len(asked & problem_kinds[i].members) - 0.5 * len(problem_kinds[i].members - asked), -i), default=None)
 
 
 def counts_of(problem_kinds: tuple[Kind, ...], members: list[list[NodeView]], running: Running) -> Counts:
