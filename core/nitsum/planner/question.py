@@ -225,9 +225,12 @@ def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list
 
 def nearest(problem_kinds: tuple[Kind, ...], pool: str, tp_size: int, tiers: Collection[str]) -> int | None:
     """The kind whose tiers are most like these."""
-    asked = set(tiers)
-    same = [i for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
-    return max(same, key=lambda i: (len(asked & problem_kinds[i].members) - 0.5 * len(problem_kinds[i].members - asked), -i), default=None)
+    asked = frozenset(tiers)
+    same = [(i, k.members) for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
+    alike = next((i for i, members in same if members == asked), None)
+    if alike is not None or not same:
+        return alike
+    return max(same, key=lambda of: (len(asked & of[1]) - 0.5 * len(of[1] - asked), -of[0]))[0]
 
 
 def counts_of(problem_kinds: tuple[Kind, ...], members: list[list[NodeView]], running: Running) -> Counts:

@@ -39,7 +39,7 @@ class Serving:
         return frozenset(t for p in self.placed for t in p.tiers)
 
     def kind(self, tp_size: int, tiers: tuple[str, ...]) -> int | None:
-        exact = next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
+        exact = next((i for i, k in enumerate(self.asked.kinds) if k.tp_size == tp_size and k.tiers == tiers), None)
         return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, tp_size, tiers)
 
     def _groups(self, k: int) -> int:
