@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from statistics import NormalDist
 
 from nitsum.attainment import Goal
@@ -63,8 +63,13 @@ class PoolQuestion:
 
 def headroom(demand: TierDemand, quantile: float) -> TierDemand:
     """The rate's `quantile`; a tier nobody asked for yet counts with a prior."""
-    z = max(NormalDist().inv_cdf(quantile), 0.0)
-    return replace(demand, rate=max(demand.rate + z * min(demand.rate_stddev, demand.rate), PRIOR_RATE))
+    return replace(demand, rate=max(demand.rate + _above(quantile) * min(demand.rate_stddev, demand.rate), PRIOR_RATE))
+
+
+@cache
+def _above(quantile: float) -> float:
+    """Standard deviations above the mean; never below it."""
+    return max(NormalDist().inv_cdf(quantile), 0.0)
 
 
 def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, ...], widest: int) -> tuple[int, ...]:
@@ -76,7 +81,7 @@ def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, .
 
 def _meant(g: Group) -> tuple[str, ...]:
     """Tiers that a group is for; those with a share of 0 ride along, those with the least are taken in (`compose.SHELTERED`)."""
-    return tuple(s.tier for s in g.shares if s.share > 1.5e-3) or tuple(s.tier for s in g.shares)
+    return tuple([s.tier for s in g.shares if s.share > 1.5e-3] or [s.tier for s in g.shares])
 
 
 def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], budget: int) -> Running:
