@@ -52,6 +52,11 @@ def near(a: Mark, b: Mark) -> bool:
     return all(max(x, y) <= most * min(x, y) for x, y, most in pairs)
 
 
+def _near(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+    """Of guests: prompt and its ratio."""
+    return a == b or (a is not None and b is not None and max(a[0], b[0]) <= FAR * min(a[0], b[0]))
+
+
 def version(model: StepTimeModel) -> object:
     """What tells step-time models apart: a profile's name, and which of its corrections (`correction.Corrected`)."""
     return getattr(model, "name", id(model)), getattr(model, "version", 0)
@@ -68,16 +73,21 @@ class Capacity:
         self.governed = governed
         self._known: OrderedDict[tuple[object, ...], Safe] = OrderedDict()
         self._engines: OrderedDict[tuple[object, ...], Group] = OrderedDict()
-        self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
+        self._latest: OrderedDict[tuple[object, ...], tuple[Mark, tuple[float, float] | None, Safe]] = OrderedDict()
         self._sizes: OrderedDict[tuple[object, ...], tuple[int, int]] = OrderedDict()
-        self._kinds: OrderedDict[str, tuple[object, dict[tuple[int, int, str, int], Kind | None]]] = OrderedDict()
+        self._kinds: OrderedDict[str, tuple[object, dict[tuple[object, ...], Kind | None]]] = OrderedDict()
+        self._numbers: dict[Mark, int] = {}
         self.left: int | None = None
         self.guessed = False
         """Whether an answer was what was known of other lengths."""
 
-    def kinds(self, pool: str, asked: object) -> dict[tuple[int, int, str, int], Kind | None]:
-        """Kinds of groups made of these answers, for who asks to fill, by (TP, crowd, first tier, tiers); emptied when `asked` changes."""
-        if (found := self._kinds.get(pool)) is None or found[0] != asked:
+    def number(self, m: Mark) -> int:
+        """Stands for it in keys, for hashing it takes longer."""
+        return self._numbers.setdefault(m, len(self._numbers))
+
+    def kinds(self, pool: str, asked: object) -> dict[tuple[object, ...], Kind | None]:
+        """Kinds of groups made of these answers, for who asks to fill; emptied when `asked` changes, or there are too many."""
+        if (found := self._kinds.get(pool)) is None or found[0] != asked or len(found[1]) > REMEMBERED_MAX:
             found = self._kinds[pool] = asked, {}
             self._kinds.move_to_end(pool)
             while len(self._kinds) > ENGINES_MAX:
@@ -96,22 +106,22 @@ class Capacity:
         partly: bool = False,
         crowd: int = 1,
     ) -> Safe:
-        """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
+        """`tier`: of whom, and its guest; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
 
         `crowd`: groups among which routers spread what comes, so that each sees less of the bursts.
 
         `partly`: near targets that cannot be held, more requests meet them at a rate at which many do not: that counts. The second try
         is what would hold without bursts, so that of TPs of which none holds the nearest is preferred.
         """
-        rest = version(model), tp_size, goal, resident, guest, partly
-        key, last = (*rest, m, crowd), (*rest, tier)
+        rest = version(model), tp_size, goal, resident, partly
+        key, last = (*rest, guest, m, crowd), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
-                self._latest[last] = m, found
+                self._latest[last] = m, guest, found
             return found
-        if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m):
+        if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m) and _near(before[1], guest):
             self.guessed = True
-            return before[1]
+            return before[2]
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
         engine = self._engine(model, tp_size, m, resident)
         found = safe(engine.among(crowd, m.dispersion, other), goal)
@@ -124,7 +134,7 @@ class Capacity:
             if part * some.rate > found.rate:
                 found = Safe(part * some.rate, found.binding, some.batch, held)
         self._known[key] = found
-        self._latest[last] = m, found
+        self._latest[last] = m, guest, found
         self.left = self.left - 1 if self.left else self.left
         for known in (self._known, self._latest):
             while len(known) > REMEMBERED_MAX:

@@ -111,10 +111,7 @@ def _digest(nodes: list[NodePlan]) -> str:
         (
             n.agent_id,
             [vars(e) for e in n.residency.engines],
-            [
-                {**vars(g), "shares": number(g), "capacity": None, "role": g.role.value}
-                for g in n.layout.groups
-            ],
+            [{**vars(g), "shares": number(g), "capacity": None, "role": g.role.value} for g in n.layout.groups],
         )
         for n in nodes
     ]

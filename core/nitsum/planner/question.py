@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from statistics import NormalDist
 
 from nitsum.attainment import Goal
@@ -162,34 +162,43 @@ def _crowd(groups: int, part: float) -> int:
     return 1 << max(int(groups * part + 0.25).bit_length() - 1, 0)
 
 
-def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
-    """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers."""
-    pool, tiers = question.pool, question.slo_tiers
-    model = snapshot.step_times[pool.name]
-    marks = {t.name: mark(question.demand[t.name]) for t in tiers}
+@lru_cache(maxsize=256)
+def _runs(tiers: tuple[Tier, ...]) -> tuple[tuple[tuple[str, Goal, str], ...], ...]:
+    """Tiers that may share groups: of each run of neighbours, (tier, its goal there, the tier whose TTFT suffers)."""
     runs = [
         tiers[first:last]
         for first in range(len(tiers))
         for last in range(first + 1, len(tiers) + 1)
         if last - first <= MIXED_MAX or last - first == len(tiers)
     ]
+    return tuple(tuple((t.name, *goal_of(t, members)) for t in members) for members in runs)
+
+
+def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
+    """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers."""
+    pool, tiers = question.pool, question.slo_tiers
+    model = snapshot.step_times[pool.name]
+    marks = {t.name: mark(question.demand[t.name]) for t in tiers}
+    runs = _runs(tiers)
     prompts = {n: (m.prompt, m.prompt_ratio) for n, m in marks.items()}
-    known = capacity.kinds(pool.name, (version(model), question.tps, tiers, marks))
+    known = capacity.kinds(pool.name, (version(model), question.tps, tiers))
+    numbers = {name: capacity.number(m) for name, m in marks.items()}
+    lengths = [tuple([numbers[t] for t, _, _ in sharing]) for sharing in runs]
     found: list[Kind | None] = []
     for tp_size in question.tps if tps is None else tps:
         works = {t.name: work(question.demand[t.name], model, tp_size) for t in tiers}
         whole, groups = sum(works.values()), question.budget // tp_size
-        for members in runs:
-            crowd = _crowd(groups, sum(works[t.name] for t in members) / whole)
-            key = tp_size, crowd, members[0].name, len(members)
+        for sharing, length in zip(runs, lengths, strict=True):
+            crowd = _crowd(groups, sum([works[t] for t, _, _ in sharing]) / whole)
+            key = tp_size, crowd, sharing[0][0], length
             if key in known:
                 found.append(known[key])
                 continue
-            sharing = [(t.name, *goal_of(t, members)) for t in members]
             capacity.guessed = False
             safe = [
-                capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, crowd)
+                capacity.of(model, tp_size, whose, marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, crowd)
                 for t, goal, guest in sharing
+                for whose in [f"{pool.name}/{t}/{guest}"]
             ]
             kind = None
             if len(sharing) == 1 or all(s.rate for s in safe):  # else fewer share it as well
