@@ -75,7 +75,8 @@ class Capacity:
         self._engines: OrderedDict[tuple[object, ...], Group] = OrderedDict()
         self._latest: OrderedDict[tuple[object, ...], tuple[Mark, tuple[float, float] | None, Safe]] = OrderedDict()
         self._sizes: OrderedDict[tuple[object, ...], tuple[int, int]] = OrderedDict()
-        self._kinds: OrderedDict[str, tuple[object, dict[tuple[object, ...], Kind | None]]] = OrderedDict()
+        self._kinds: OrderedDict[str, tuple[object, dict[tuple[object, ...], tuple[Kind | None, bool]]]] = OrderedDict()
+        self._kv_tokens: OrderedDict[tuple[object, ...], int] = OrderedDict()
         self._numbers: dict[Mark, int] = {}
         self.left: int | None = None
         self.guessed = False
@@ -85,8 +86,9 @@ class Capacity:
         """Stands for it in keys, for hashing it takes longer."""
         return self._numbers.setdefault(m, len(self._numbers))
 
-    def kinds(self, pool: str, asked: object) -> dict[tuple[object, ...], Kind | None]:
-        """Kinds of groups made of these answers, for who asks to fill; emptied when `asked` changes, or there are too many."""
+    def kinds(self, pool: str, asked: object) -> dict[tuple[object, ...], tuple[Kind | None, bool]]:
+        """Kinds of groups made of these answers, for who asks to fill, and whether none of them was guessed; emptied when `asked` changes,
+        or there are too many."""
         if (found := self._kinds.get(pool)) is None or found[0] != asked or len(found[1]) > REMEMBERED_MAX:
             found = self._kinds[pool] = asked, {}
             self._kinds.move_to_end(pool)
@@ -150,6 +152,14 @@ class Capacity:
                 self._engines.popitem(last=False)
         return found
 
+    def kv_tokens(self, model: StepTimeModel, tp_size: int, resident: tuple[int, ...]) -> int:
+        key = version(model), tp_size, resident
+        if (found := self._kv_tokens.get(key)) is None:
+            found = self._kv_tokens[key] = model.kv_capacity_tokens(tp_size, resident)
+            if len(self._kv_tokens) > REMEMBERED_MAX:
+                self._kv_tokens.popitem(last=False)
+        return found
+
     def size(
         self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...]
     ) -> tuple[int, int]:
@@ -157,7 +167,7 @@ class Capacity:
         prompt, output = rounded(prompt, STEP), rounded(output, STEP)
         key = version(model), tp_size, prompt, output, tpot_ms, resident
         if key not in self._sizes:
-            most = batch_max(model, tp_size, prompt, output, tpot_ms, model.kv_capacity_tokens(tp_size, resident))
+            most = batch_max(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident))
             self._sizes[key] = most, step_budget(model, tp_size, most, int(prompt + output / 2), tpot_ms)
             if len(self._sizes) > REMEMBERED_MAX:
                 self._sizes.popitem(last=False)

@@ -191,8 +191,8 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
         for sharing, length in zip(runs, lengths, strict=True):
             crowd = _crowd(groups, sum([works[t] for t, _, _ in sharing]) / whole)
             key = tp_size, crowd, sharing[0][0], length
-            if key in known:
-                found.append(known[key])
+            if (before := known.get(key)) is not None and (before[1] or capacity.left == 0):
+                found.append(before[0])
                 continue
             capacity.guessed = False
             safe = [
@@ -206,8 +206,7 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
                 rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
                 kind = Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None)
             found.append(kind)
-            if not capacity.guessed:
-                known[key] = kind
+            known[key] = kind, not capacity.guessed
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
     return tuple(k for k in found if k is not None)
