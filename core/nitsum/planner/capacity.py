@@ -108,7 +108,8 @@ class Capacity:
         partly: bool = False,
         crowd: int = 1,
     ) -> Safe:
-        """`tier`: of whom, and its guest; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
+        """`tier`: of whom, and its guest; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the
+        group.
 
         `crowd`: groups among which routers spread what comes, so that each sees less of the bursts.
 

@@ -98,24 +98,25 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
 
 
 def _digest(nodes: list[NodePlan]) -> str:
-    """Of residencies and layouts. From plain values, for dataclasses are slow to print; what groups share is printed once."""
+    """Of residencies and layouts, field by field: done each second for each group of a fleet, and dataclasses are slow to print."""
     printed: dict[tuple[tuple[TierShare, ...], Limits], int] = {}
     known: dict[tuple[int, int], int] = {}
 
     def number(g: Group) -> int:
+        """Of its shares and limits, which many share."""
         if (found := known.get(same := (id(g.shares), id(g.capacity)))) is None:  # hashing what they hold takes longer
             found = known[same] = printed.setdefault((g.shares, g.capacity), len(printed))
         return found
 
-    wanted = [
-        (
-            n.agent_id,
-            [vars(e) for e in n.residency.engines],
-            [{**vars(g), "shares": number(g), "capacity": None, "role": g.role.value} for g in n.layout.groups],
-        )
-        for n in nodes
-    ]
-    return hashlib.sha256(repr((wanted, list(printed))).encode()).hexdigest()[:12]
+    lines = []
+    for n in nodes:
+        lines.append(f"node {n.agent_id}")
+        lines += [f"{e.engine_id} {e.model} {e.tp_size} {' '.join(e.gpu_uuids)}" for e in n.residency.engines]
+        for g in n.layout.groups:
+            where = " ".join(g.gpu_uuids)
+            lines.append(f"group {g.group_id} {g.engine_id} {g.pool} {g.model} {g.tp_size} {g.role.value} {number(g)} {where}")
+    lines.append(repr(list(printed)))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _group(

@@ -73,7 +73,7 @@ def labelled(pool: str, slots: list[Slot], blocks: list[tuple[str, tuple[Gpu, ..
     """Which of the blocks serves which tiers: those that served them before go on."""
     left = {s.tiers: s.wanted for s in slots}
     placed, others = [], []
-    for agent_id, gpus in sorted(blocks):
+    for agent_id, gpus in sorted(blocks, key=lambda b: (b[0], b[1][0].index)):
         tiers = running.get((pool, agent_id, tuple([g.uuid for g in gpus])), ())
         if left.get(tiers, 0) > 0:
             left[tiers] -= 1

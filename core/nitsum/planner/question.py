@@ -11,7 +11,7 @@ from nitsum.layout import FlipMode, Group
 from nitsum.perf import StepTimeModel
 from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark, version
 from nitsum.planner.place import Running
-from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
+from nitsum.planner.problem import SURGES, Class, Counts, Kind, Problem, Want
 from nitsum.planner.types import NodeView, Snapshot
 from nitsum.pool import Pool, Tier
 
@@ -272,9 +272,9 @@ def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float) -> float
     return pause_ms / 1e3 / snapshot.settings.dwell_s * score / question.gpus
 
 
-def wants(question: PoolQuestion) -> list[Want]:
-    d = question.demand
-    return [Want(question.pool.name, t.name, d[t.name].rate, t.target, t.weight) for t in question.slo_tiers]
+def wants(question: PoolQuestion, surge_max: float = SURGES[-1][0]) -> list[Want]:
+    d, name = question.demand, question.pool.name
+    return [Want(name, t.name, d[t.name].rate, t.target, t.weight, surge_max) for t in question.slo_tiers]
 
 
 def problem(
