@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ from nitsum.planner import NodeView, PlannerSettings, Snapshot, exact, greedy
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.place import Slot, place
+from nitsum.planner.problem import Counts, Problem
 from nitsum.planner.question import ask, problem
 from nitsum.planner.slow import SlowPlane
 from nitsum.pool import Pool, Tier
@@ -73,6 +75,10 @@ class Timed:
         return found
 
 
+def _question(taken: Snapshot, capacity: Capacity) -> tuple[Problem, list[list[NodeView]], Counts]:
+    return problem([ask(taken.pools[0], taken)], taken, capacity, frozenset())
+
+
 def measure(gpus: int, turns: int) -> Took:
     nodes = fleet(gpus)
     first = SlowPlane(use_exact=False)(snapshot(gpus, nodes, 0), 0.0)
@@ -80,18 +86,18 @@ def measure(gpus: int, turns: int) -> Took:
     capacity, timed = Capacity(governed=True), Timed()
     slow, without = SlowPlane(governed=True), SlowPlane(use_exact=False, governed=True)
     fast = FastPlane(Capacity(governed=True))
+    running = {("default/bench", n.node.agent_id, g.gpu_uuids): tuple(s.tier for s in g.shares) for n in nodes for g in n.layout.groups}
     for turn in range(turns + 1):
         taken = snapshot(gpus, nodes, turn)
-        asked, members, _ = timed("question", lambda s=taken: problem([ask(s.pools[0], s)], s, capacity, frozenset()))
-        found = timed("greedy", lambda p=asked: greedy.solve(p))
-        best = timed("exact", lambda p=asked, a=found: exact.solve(p, start=a)) or found
+        asked, members, _ = timed("question", partial(_question, taken, capacity))
+        found = timed("greedy", partial(greedy.solve, asked))
+        best = timed("exact", partial(exact.solve, asked, start=found)) or found
         timed.took["exact"][-1] += timed.took["greedy"][-1]
         slots = [Slot(k.pool, k.tp_size, k.tiers, n) for (_, i), n in best.counts.items() for k in [asked.kinds[i]]]
-        running = {("default/bench", n.node.agent_id, g.gpu_uuids): tuple(s.tier for s in g.shares) for n in nodes for g in n.layout.groups}
-        timed("assignment", lambda s=slots, m=members, r=running: place(s, m[0], r))
-        timed("slow plane", lambda s=taken: slow(s, 0.0))
-        timed("slow plane without exact", lambda s=taken: without(s, 0.0))
-        timed("fast plane", lambda s=taken: fast(s, 0.0))
+        timed("assignment", partial(place, slots, members[0], running))
+        timed("slow plane", partial(slow, taken, 0.0))
+        timed("slow plane without exact", partial(without, taken, 0.0))
+        timed("fast plane", partial(fast, taken, 0.0))
     return timed.took
 
 
@@ -106,7 +112,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="fewer sizes and turns")
     options.add_argument("--json", type=Path, metavar="FILE")
     args = options.parse_args()
-    sizes, turns = ((128,), 100) if args.quick else ((128, 1024, 10_000), 200)
+    sizes, turns = ((128,), 100) if args.quick else ((128, 1024, 10_000), 100)
     found: dict[str, dict[str, dict[str, float]]] = {part: {} for part in PARTS}
     for gpus in track(sizes, "planning", console=Console(stderr=True)):
         for part, took in measure(gpus, turns if gpus <= 1024 else 30).items():
