@@ -339,7 +339,7 @@ class Group:
         shared = found.prefills / r * fixed if r > 0 else fixed
         waits = r * prompts.own if mixed else busy
         ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, prompts.each, fixed, mixed)
-        if self.guests:
+        if self.guests and ttft >= least:
             guests = self._took(self.guests, found.sized, goal.tpot_ms) if mixed and goal.tpot_ms is not None else self.stock_guests
             ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
         tpots = self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts) if ttft >= least else 1.0

@@ -47,7 +47,7 @@ class PoolQuestion:
         key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
         return tuple(sorted((t for t in self.pool.tiers if not t.background), key=key))
 
-    @property
+    @cached_property
     def background(self) -> tuple[str, ...]:
         return tuple(t.name for t in self.pool.tiers if t.background)
 

@@ -162,8 +162,12 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
     answer = _narrowed(asked, answer)
     counts = dict(answer.counts)
     running: Running = {p.key: p.tiers for p in placed}
-    found: list[Placed] = []
-    for c, tp_size in enumerate(tps):
+    wanted: Counter[tuple[int, tuple[str, ...]]] = Counter()
+    for (c, k), n in counts.items():
+        wanted[tps[c], mine[k].tiers] += n
+    stays = wanted == Counter([(len(p.gpus), p.tiers) for p in placed])
+    found: list[Placed] = list(placed) if stays else []
+    for c, tp_size in () if stays else enumerate(tps):
         slots = [Slot(name, tp_size, mine[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c]
         blocks = [(p.agent_id, p.gpus) for p in placed if len(p.gpus) == tp_size]
         found += labelled(name, slots, blocks, running)
