@@ -32,7 +32,7 @@ class _Left:
         """By kind: (-worth x rate, want, piece, rate, worth), what earns most last."""
         for kind in problem.kinds:
             ways = [
-                (-worth * rate, t, piece, rate, worth * rate / rate)
+                (-worth * rate, t, piece, rate, worth * rate / rate)  # rounded as the rank is: equal kinds stay equal
                 for tier, rate in zip(kind.tiers, kind.rates, strict=True)
                 if rate > 0 and (t := index.get((kind.pool, tier))) is not None
                 for piece, (_, worth) in enumerate(pieces[t])
