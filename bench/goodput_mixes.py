@@ -39,7 +39,7 @@ TIERS = {
     "long": (10_000.0, 40.0),
     "bulk": (10_000.0, 100.0),
 }
-"""TTFT and TPOT in ms for an 8B model; larger ones have `Model.slower` times as much, `fast` a TPOT of its own: one that TP1 cannot meet."""
+"""TTFT and TPOT in ms for an 8B model; larger ones have `Model.slower` times as much; `fast` has a TPOT that TP1 cannot meet."""
 
 
 @dataclass(frozen=True)

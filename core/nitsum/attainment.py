@@ -14,8 +14,10 @@ Means do not tell: a request whose TTFT is met on average is missed half of the 
 Lengths are lognormal by mean and 90th percentile, read at a few quantiles. TTFT and TPOT count as independent.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import NormalDist
 
 from nitsum.governor import depth, sizes, step_ms
@@ -39,7 +41,9 @@ MARGIN = 0.93
 """Of the rate found: the simulated engine's is rarely lower then."""
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
-BUSY_MAX = 0.92
+STEPS_GAP = 2e-4
+"""Relative, of the share of prefill steps."""
+BUSY_MAX, MIXED_BUSY_MAX = 0.85, 0.92
 """Share of the time that prefill may take: above it a little more load makes a long queue."""
 Points = tuple[tuple[float, float], ...]
 """(value, share of requests)"""
@@ -50,7 +54,7 @@ class Lengths:
     mean: float
     p90: float = 0.0
 
-    @property
+    @cached_property
     def sigma(self) -> float:
         ratio = min(self.p90 / self.mean, math.exp(Z90**2 / 2 - 1e-3)) if self.mean > 0 else 1.0
         return Z90 - math.sqrt(max(Z90**2 - 2 * math.log(ratio), 0.0)) if ratio > 1 else 0.0
@@ -108,16 +112,12 @@ class Point:
         return 0.0 if self.limit else self.ttft_share * self.tpot_share
 
 
-def _phi(z: float) -> float:
-    return 0.5 * (1 + math.erf(z / math.sqrt(2)))
-
-
-def _lognormal(x: float, mean: float, stddev: float) -> float:
+def _lognormal(x: float, mean: float, variance: float) -> float:
     """Share below x. Stalls only add: what is above the mean reaches further than what is below."""
-    sigma2 = math.log1p((stddev / mean) ** 2)
+    sigma2 = math.log1p(variance / mean**2)
     if sigma2 < 1e-12:
         return float(mean <= x)
-    return _phi((math.log(x / mean) + sigma2 / 2) / math.sqrt(sigma2))
+    return 0.5 + 0.5 * math.erf((math.log(x / mean) + sigma2 / 2) / math.sqrt(2 * sigma2))
 
 
 def _seen(busy: float, rush: float) -> float:
@@ -147,6 +147,21 @@ class Prompts:
         return Prompts(tuple(own), *moments)
 
 
+@dataclass(frozen=True)
+class Steady:
+    """Where decode and prefill settle at a rate: what does not depend on bursts, nor on TTFT. Times in ms, `prefills` steps per ms."""
+
+    batch: float
+    tpot: float
+    busy: float
+    decode: float
+    prefills: float
+    prompts: Prompts
+    sized: float = 0.0
+    """Governed: the batch that steps were sized beside."""
+    limit: str = ""
+
+
 @dataclass
 class Group:
     """One engine as its step times tell. Keeps what does not depend on the rate."""
@@ -165,9 +180,13 @@ class Group:
     """Groups alike among which routers spread what comes, the least loaded first: each sees less of bursts and of long prompts."""
     _decode: dict[int, float] = field(default_factory=dict)
     _sizes: dict[float, tuple[int, int]] = field(default_factory=dict)
+    _later: dict[float, tuple[float, ...]] = field(default_factory=dict)
+    _settled: dict[tuple[float, float, float | None], Steady] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.prompts, self.outputs = self.prompt.points(), self.output.points()
+        self.lives = tuple((max(tokens - 1, 1.0), w) for tokens, w in self.outputs)
+        """(decode steps of a request, share of requests)."""
         mean = self.prompt.mean
         self.door = door_ms(self.model, self.tp_size)
         self.ctx = max(int(mean + self.output.mean / 2), 1)
@@ -176,11 +195,22 @@ class Group:
         """Of a prefill step, whatever it carries."""
         own = [(self._prefill(p), w) for p, w in self.prompts]
         self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own], self.prompt.tail)
-        self.guests = self.guest.points() if self.guest else ()
-        self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
+        self._tokens = sum(p * w for p, w in self.prompts)
+        self._invite(self.guest)
         kv = self.kv_tokens = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
         self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
         self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
+
+    def _invite(self, guest: Lengths | None) -> None:
+        self.guest, self.guests = guest, guest.points() if guest else ()
+        self.stock_guests = tuple((self._prefill(p), w) for p, w in self.guests)
+
+    def among(self, crowd: int, dispersion: float, guest: Lengths | None) -> "Group":
+        """The same engine and lengths under other bursts and guests: what was worked out for one serves the other."""
+        other = copy.copy(self)
+        other.crowd, other.dispersion = crowd, dispersion
+        other._invite(guest)
+        return other
 
     def _prefill(self, tokens: float) -> float:
         if tokens <= CHUNK:
@@ -191,30 +221,41 @@ class Group:
 
     def decode(self, batch: float) -> float:
         """Linear between whole batches."""
-        low = max(int(batch), 1)
-        if low not in self._decode:
-            self._decode[low] = self.model.decode_ms(self.tp_size, low, self.ctx)
+        low, known = int(batch) if batch > 1 else 1, self._decode
+        if (first := known.get(low)) is None:
+            first = known[low] = self.model.decode_ms(self.tp_size, low, self.ctx)
         if batch <= low:
-            return self._decode[low]
-        if low + 1 not in self._decode:
-            self._decode[low + 1] = self.model.decode_ms(self.tp_size, low + 1, self.ctx)
-        return self._decode[low] + (batch - low) * (self._decode[low + 1] - self._decode[low])
+            return first
+        if (second := known.get(low + 1)) is None:
+            second = known[low + 1] = self.model.decode_ms(self.tp_size, low + 1, self.ctx)
+        return first + (batch - low) * (second - first)
 
     def _steps(self, rate: float, decode: float, work: float, fixed: float) -> tuple[float, float]:
         """Per ms: (prefill steps, decode steps). What arrives in a step (Poisson) is prefilled in one step after it."""
         if not fixed:
             return rate, max(1 - rate * work, 0.0) / decode
-        low, high = 0.0, rate
-        after = 1 - math.exp(-rate * decode)
-        for _ in range(12):
-            steps = (low + high) / 2
-            free = max(1 - rate * work - steps * fixed, 0.0) / decode
-            lasting = fixed + work * rate / steps
-            if steps < free * after * math.exp(min(rate * lasting, 50.0)):
-                low = steps
-            else:
+        spare = 1 - rate * work
+        if spare <= 0:
+            return rate, 0.0
+        after, grown = (1 - math.exp(-rate * decode)) / decode, rate * rate * work
+        low, high = 0.0, min(rate, spare / fixed)
+        steps = rate if rate < spare / fixed else high / 2
+        for _ in range(16):
+            # Root of ln(steps) - ln(free x after) - rate x lasting, which grows with steps: Newton's, within what is left by bisection.
+            free = spare - steps * fixed
+            above = math.log(steps / (free * after)) - min(rate * fixed + grown / steps, 50.0)
+            if above > 0:
                 high = steps
-        return high, max(1 - rate * work - high * fixed, 0.0) / decode
+            elif steps >= rate:
+                break
+            else:
+                low = steps
+            step = steps - above / (1 / steps + fixed / free + grown / steps**2)
+            near = abs(step - steps) <= STEPS_GAP * steps
+            steps = step if low < step < high else (low + high) / 2
+            if near or high - low <= STEPS_GAP * high:
+                break
+        return steps, max(spare - steps * fixed, 0.0) / decode
 
     def chunk(self, tpot_ms: float) -> int:
         """Prefill tokens of a step beside decode, as plans give them to the governor."""
@@ -226,72 +267,113 @@ class Group:
             self._sizes[tpot_ms] = sizes(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens)
         return self._sizes[tpot_ms]
 
-    def _mixed(self, batch: float, tpot_ms: float) -> "tuple[Prompts, tuple[tuple[float, float], ...], Points]":
-        """With the governor: what these prompts cost, how long the guest's own take, and how long their own.
+    def _attended(self, prompt: float, tpot_ms: float) -> float:
+        """Governed: what a prompt's later chunks take longer, since they attend to the earlier ones."""
+        chunk = self.chunk(tpot_ms)
+        if (behind := int((prompt - chunk) / 2)) <= 0:
+            return 0.0
+        dearer = self.model.prefill_ms(self.tp_size, chunk, behind) - self.model.prefill_ms(self.tp_size, chunk)
+        return prompt / chunk * max(dearer, 0.0)
+
+    def _tight(self, tpot_ms: float) -> bool:
+        """Whether no step is longer than the target while no more run than its budget is sized for, whatever prefill there is."""
+        most, chunk = self._sized(tpot_ms)
+        return step_ms(self.model, self.tp_size, chunk, most, self.ctx, depth(self.prompt.mean, chunk)) <= tpot_ms
+
+    def _mixed(self, batch: float, tpot_ms: float) -> tuple[float, float]:
+        """Governed: what a prompt's token takes, and by how much it delays the others, in a step beside this batch.
 
         Prompts share steps while others wait: one costs its part of a step, whatever it takes itself.
         """
-        b = max(round(1 + batch), 1)
-        chunk, alone = self.chunk(tpot_ms), self.decode(1 + batch)
+        chunk = self.chunk(tpot_ms)
+        whole = self.model.mixed_ms(self.tp_size, chunk, max(round(1 + batch), 1), self.ctx)
+        return whole / chunk, max(whole - self.decode(1 + batch), 0.0) / chunk
 
-        def whole(p: float) -> float:
-            """A full step of this prompt, on average: its later chunks attend to the earlier ones."""
-            return step_ms(self.model, self.tp_size, chunk, b, self.ctx, int(max(p - chunk, 0.0) / 2))
+    def _took(self, points: Points, batch: float, tpot_ms: float) -> Points:
+        """Governed: how long prompts take themselves beside this batch."""
+        b, chunk = max(round(1 + batch), 1), self.chunk(tpot_ms)
+        whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
+        rests = [int(p % chunk) for p, _ in points]
+        return tuple(
+            (p // chunk * whole + (self.model.mixed_ms(self.tp_size, rest, b, self.ctx) if rest else 0.0) + self._attended(p, tpot_ms), w)
+            for (p, w), rest in zip(points, rests, strict=True)
+        )
 
-        def took(p: float) -> float:
-            rest = p % chunk
-            return p // chunk * whole(p) + (self.model.mixed_ms(self.tp_size, int(rest), b, self.ctx) if rest >= 1 else 0.0)
+    def _settle(self, r: float, start: float, tpot_ms: float | None) -> Steady:
+        """`r` in requests/ms; `tpot_ms` that the governor keeps, None: stock. Monotone fixed point from below."""
+        mixed, mean = tpot_ms is not None, self.output.mean
+        fixed = 0.0 if mixed else self.fixed
+        own, stall = self.stock.own, self.stock.stall
+        batch, tpot, busy, sized = start, 0.0, 0.0, -1.0
+        later: tuple[float, ...] = ()
+        if tpot_ms is not None:
+            if tpot_ms not in self._later:
+                self._later[tpot_ms] = tuple(self._attended(p, tpot_ms) for p, _ in self.prompts)
+            later = self._later[tpot_ms]
+        extra = sum(ms * w for ms, (_, w) in zip(later, self.prompts, strict=True)) if later else 0.0
 
-        own = [(p / chunk * whole(p), w) for p, w in self.prompts]
-        stalls = [(max(p / chunk * (whole(p) - alone), 1e-6), w) for p, w in self.prompts]
-        each = tuple((took(p), w) for p, w in self.prompts)
-        return Prompts.of(own, stalls, self.prompt.tail), tuple((took(p), w) for p, w in self.guests), each
+        def stuck(limit: str, busy: float) -> Steady:
+            return Steady(self.kv_batch, 0.0, busy, 0.0, 0.0, self.stock, limit=limit)
 
-    def at(self, rate: float, goal: Goal, start: float = 0.0) -> Point:
-        """`rate` in requests/s. `start`: the batch at a lower rate, to begin from."""
+        for _ in range(40):
+            if tpot_ms is not None and batch > sized * 1.1 + 1:
+                token, delay = self._mixed(batch, tpot_ms)
+                own, stall, sized = token * self._tokens + extra, max(delay * self._tokens + extra, 1e-6), batch
+            if r * (own if mixed else stall) >= (MIXED_BUSY_MAX if mixed else BUSY_MAX):
+                return stuck("prefill", 1.0)
+            decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
+            prefills, steps = self._steps(r, decode, stall, fixed)
+            if steps <= 0:
+                return stuck("prefill", 1.0)
+            tpot, busy = 1 / steps, r * stall + prefills * fixed
+            grown = r * mean * tpot
+            if grown > self.kv_batch:
+                return stuck("KV", busy)
+            if grown <= batch * 1.005 + 0.02:
+                batch = max(grown, batch)
+                break
+            batch = grown
+        prompts = self.stock
+        if tpot_ms is not None:
+            each = self._took(self.prompts, sized, tpot_ms)
+            own2, stall2 = (
+                sum((of * p + ms) ** 2 * w for (p, w), ms in zip(self.prompts, later, strict=True)) * self.prompt.tail
+                for of in (token, delay)
+            )
+            prompts = Prompts(each, own, own2, stall, max(stall2, 1e-12))
+        return Steady(batch, tpot, busy, decode, prefills, prompts, sized)
+
+    def at(self, rate: float, goal: Goal, start: float = 0.0, least: float = 0.0) -> Point:
+        """`rate` in requests/s. `start`: the batch at a lower rate, to begin from. `least`: where fewer meet their TTFT, TPOT is not
+        worked out."""
         r = rate / 1e3
         mixed = self.governed and goal.tpot_ms is not None
         fixed = 0.0 if mixed else self.fixed
         if not self.kv_fits or self.kv_batch < 1:
             return Point(0.0, 0.0, 0.0, 0.0, 0.0, "KV (one request does not fit)")
-        batch, tpot, busy, sized = start, 0.0, 0.0, -1.0
-        prompts, guests, each = self.stock, self.stock_guests, self.stock.each
-        for _ in range(40):  # monotone fixed point from below
-            if mixed and batch > sized * 1.1 + 1:
-                prompts, guests, each = self._mixed(batch, goal.tpot_ms or 0.0)
-                sized = batch
-            if r * (prompts.own if mixed else prompts.stall) >= BUSY_MAX:
-                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
-            decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
-            prefills, steps = self._steps(r, decode, prompts.stall, fixed)
-            if steps <= 0:
-                return Point(0.0, 0.0, self.kv_batch, 0.0, 1.0, "prefill")
-            tpot, busy = 1 / steps, r * prompts.stall + prefills * fixed
-            grown = r * self.output.mean * tpot
-            if grown > self.kv_batch:
-                return Point(0.0, 0.0, self.kv_batch, 0.0, busy, "KV")
-            if grown <= batch * 1.005 + 0.02:
-                batch = max(grown, batch)
-                break
-            batch = grown
+        key = r, start, goal.tpot_ms if mixed else None
+        if (found := self._settled.get(key)) is None:
+            found = self._settled[key] = self._settle(*key)
+        batch, tpot, busy, decode, prompts = found.batch, found.tpot, found.busy, found.decode, found.prompts
+        if found.limit:
+            return Point(0.0, 0.0, batch, 0.0, busy, found.limit)
         rush = max(self.dispersion / self.crowd, EVEN)
         slope = self.decode(batch + 2) - self.decode(batch + 1)
         feedback = min(r * self.output.mean * slope / max(1 - busy, 0.03), 0.9)
         spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
         if batch + 1.64 * spread > self.kv_batch:
             return Point(0.0, 0.0, batch, spread, busy, "KV")
-        shared = prefills / r * fixed if r > 0 else fixed
+        shared = found.prefills / r * fixed if r > 0 else fixed
         waits = r * prompts.own if mixed else busy
-        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, each, fixed, mixed)
-        if guests:
+        ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, prompts.each, fixed, mixed)
+        if self.guests and ttft >= least:
+            guests = self._took(self.guests, found.sized, goal.tpot_ms) if mixed and goal.tpot_ms is not None else self.stock_guests
             ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
-        held = self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts)
-        if mixed and goal.tpot_ms is not None:
-            # No step is longer than the target while no more run than its budget is sized for, whatever prefill there is.
-            most, chunk = self._sized(goal.tpot_ms)
-            if step_ms(self.model, self.tp_size, chunk, most, self.ctx, depth(self.prompt.mean, chunk)) <= goal.tpot_ms:
-                held = max(held, _phi((most + 0.5 - batch) / max(spread * math.sqrt(LIVES), 1e-6)))
-        return Point(ttft, held, batch, spread, busy)
+        tpots = self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts) if ttft >= least else 1.0
+        if mixed and goal.tpot_ms is not None and tpots < 1 and self._tight(goal.tpot_ms):
+            room = self._sized(goal.tpot_ms)[0] + 0.5 - batch
+            tpots = max(tpots, NormalDist(0.0, max(spread * math.sqrt(LIVES), 1e-6)).cdf(room))
+        return Point(ttft, tpots, batch, spread, busy)
 
     def _ttft(
         self,
@@ -337,16 +419,13 @@ class Group:
             return 1.0
         wide = (self.decode(1 + batch + spread * math.sqrt(LIVES)) - self.decode(1 + batch)) / max(1 - busy, 0.03)
         stall2 = prompts.stall2 + 2 * prompts.stall * fixed + fixed**2
+        # Of one step. A stall lasts while more arrive: as the busy period of a queue, hence the division.
+        stalls2 = r * tpot * stall2 * rush / max(1 - busy, 0.03) ** 2
+        burst = BURST * max(rush - 1, 0.0) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03)
         share = 0.0
-        for tokens, weight in self.outputs:
-            steps = max(tokens - 1, 1.0)
-            life = steps * tpot
-            # A stall lasts while more arrive: as the busy period of a queue, hence the division.
-            stalls = math.sqrt(r * life * stall2 * rush) / max(1 - busy, 0.03) / steps
-            burst = BURST * max(rush - 1, 0.0) / 2 * (prompts.stall + fixed) / max(1 - busy, 0.03) / steps
-            spread_ms = SPREAD * math.hypot(wide, stalls)
-            mean = tpot + burst + CONVEX * spread_ms**2 / tpot
-            share += weight * _lognormal(target, mean, spread_ms)
+        for steps, weight in self.lives:
+            spread2 = SPREAD**2 * (wide**2 + stalls2 / steps)
+            share += weight * _lognormal(target, tpot + burst / steps + CONVEX * spread2 / tpot, spread2)
         return share
 
 
@@ -369,29 +448,26 @@ def safe(group: Group, goal: Goal) -> Safe:
     """The largest rate at which the goal's share is met, within 1 %. Rate 0 where even a lone request misses a target."""
 
     held = Point(1.0, 1.0, 0.0, 0.0, 0.0)
+    broken = 1e-3, 0.0
 
-    def misses(rate: float) -> Point | None:
-        nonlocal held
-        p = group.at(rate, goal, held.batch)
-        if p.share < goal.share:
-            return p
-        held = p
-        return None
+    def misses(rate: float) -> bool:
+        nonlocal held, broken
+        p = group.at(rate, goal, held.batch, goal.share)
+        if missed := p.share < goal.share:
+            broken = rate, held.batch
+        else:
+            held = p
+        return missed
 
-    if (lone := misses(1e-3)) is not None:
-        return Safe(0.0, binding_of(lone), 0)
-    high = 0.25 / group.stock.stall * 1e3
-    low, broken = 0.0, misses(high)
-    while broken is None:
+    if misses(1e-3):
+        return Safe(0.0, binding_of(group.at(1e-3, goal)), 0)
+    low, high = 0.0, 0.25 / group.stock.stall * 1e3
+    while not misses(high):
         low, high = high, high * 2
-        broken = misses(high)
     for _ in range(20):
         if high - low <= 0.01 * high:
             break
         middle = (low + high) / 2
-        if (p := misses(middle)) is not None:
-            high, broken = middle, p
-        else:
-            low = middle
+        low, high = (low, middle) if misses(middle) else (middle, high)
     batch = math.ceil(1 + held.batch + 2 * held.batch_stddev)
-    return Safe(MARGIN * low, binding_of(broken), min(batch, max(int(group.kv_batch), 1)))
+    return Safe(MARGIN * low, binding_of(group.at(broken[0], goal, broken[1])), min(batch, max(int(group.kv_batch), 1)))

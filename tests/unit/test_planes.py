@@ -1,14 +1,16 @@
 """When the slow plane is asked, and what the fast one says between its answers."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
 import nitsum.planner.planes
 from nitsum.demand import TierDemand
+from nitsum.layout import Capacity, Group, Layout, Role, TierShare
 from nitsum.perf.correction import Corrected, StepTiming
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, Plan, PlannerSettings, Snapshot, Verdict
+from nitsum.planner.compose import _digest
 from nitsum.planner.planes import Planes
 from nitsum.pool import Pool, Tier
 from nitsum.residency import Residency
@@ -17,6 +19,17 @@ from nitsum.topology import Gpu, Node
 H100 = load_shipped("llama-3.1-8b-instruct.h100_sxm")
 TIERS = (Tier("chat", 500, 20, weight=4, default=True), Tier("agents", 1000, 40, weight=2), Tier("batch"))
 POOL = Pool("default/chat", "u", "llama", TIERS, 8)
+OTHER_GROUP = {
+    "group_id": "x",
+    "engine_id": "x",
+    "pool": "x",
+    "model": "x",
+    "tp_size": 2,
+    "gpu_uuids": ("x",),
+    "role": Role.DECODE,
+    "shares": (TierShare("x", 0.5),),
+    "capacity": Capacity(max_queued=7),
+}
 NODE = NodeView(Node("a", tuple(Gpu(i, f"g{i}") for i in range(8)), legal_tp={"llama": (1, 2, 4, 8)}), reported_at=0.0)
 
 
@@ -170,3 +183,19 @@ def test_a_group_that_takes_a_tier_in_looks_no_worse_for_it() -> None:
     assert sum("strict" in s for s in served) == 1, served
     assert "gains 0%" in plan.pools[0].reasons[-1]
     assert not plan.pools[0].rejected
+
+
+def test_a_plan_id_tells_every_field_of_what_is_wanted_apart() -> None:
+    wanted = Planes()(taken(NODE, 0, chat=20, agents=20), 0).nodes[0]
+    group, engine = wanted.layout.groups[0], wanted.residency.engines[0]
+    assert {f.name for f in fields(Group)} == set(OTHER_GROUP), "a new field of Group belongs in the digest"
+    seen = {_digest([wanted])}
+    others = [replace(wanted, agent_id="b"), replace(wanted, layout=Layout((group,)))]
+    for name, value in OTHER_GROUP.items():
+        more: dict[str, object] = {"gpu_uuids": ("x", "y")} if name == "tp_size" else {}
+        others.append(replace(wanted, layout=Layout((replace(group, **{name: value} | more),))))  # type: ignore[arg-type]
+    engines: list[dict[str, object]] = [{"engine_id": "x"}, {"model": "x"}, {"tp_size": 2, "gpu_uuids": ("x", "y")}, {"gpu_uuids": ("x",)}]
+    others += [replace(wanted, residency=Residency((replace(engine, **e),))) for e in engines]  # type: ignore[arg-type]
+    for other in others:
+        seen.add(_digest([other]))
+    assert len(seen) == len(others) + 1

@@ -41,7 +41,7 @@ class GpuMemory:
 
 
 WORTH = 0.5
-"""Of the KV tokens that the next larger TP would have without it: where the smallest TP leaves less, it is not worth its copy of weights."""
+"""Of the KV tokens that the next larger TP would have without it: where the smallest leaves less, it is not worth its copy of weights."""
 
 
 def worth_residing(model: StepTimeModel, tp_sizes: Iterable[int]) -> tuple[int, ...]:

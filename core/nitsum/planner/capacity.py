@@ -4,12 +4,13 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-from nitsum.attainment import Goal, Group, Lengths, Safe, safe
+from nitsum.attainment import MARGIN, Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
 from nitsum.governor import sizes
 from nitsum.perf import StepTimeModel
+from nitsum.planner.problem import Kind
 
-REMEMBERED_MAX = 8192
+REMEMBERED_MAX, ENGINES_MAX = 8192, 256
 STEP, RATIO, COARSE = 1.05, 1.2, 1.5
 """Means of lengths count as the nearest power of the first, tails of the second, burstiness of the third: no estimate of them is better,
 and it keeps plans from trembling."""
@@ -51,6 +52,11 @@ def near(a: Mark, b: Mark) -> bool:
     return all(max(x, y) <= most * min(x, y) for x, y, most in pairs)
 
 
+def _near(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
+    """Of guests: prompt and its ratio."""
+    return a == b or (a is not None and b is not None and max(a[0], b[0]) <= FAR * min(a[0], b[0]))
+
+
 def version(model: StepTimeModel) -> object:
     """What tells step-time models apart: a profile's name, and which of its corrections (`correction.Corrected`)."""
     return getattr(model, "name", id(model)), getattr(model, "version", 0)
@@ -66,9 +72,29 @@ class Capacity:
         """`governed`: engines size their prefill steps by TPOT."""
         self.governed = governed
         self._known: OrderedDict[tuple[object, ...], Safe] = OrderedDict()
-        self._latest: OrderedDict[tuple[object, ...], tuple[Mark, Safe]] = OrderedDict()
+        self._engines: OrderedDict[tuple[object, ...], Group] = OrderedDict()
+        self._latest: OrderedDict[tuple[object, ...], tuple[Mark, tuple[float, float] | None, Safe]] = OrderedDict()
         self._sizes: OrderedDict[tuple[object, ...], tuple[int, int]] = OrderedDict()
+        self._kinds: OrderedDict[str, tuple[object, dict[tuple[object, ...], tuple[Kind | None, bool]]]] = OrderedDict()
+        self._kv_tokens: OrderedDict[tuple[object, ...], int] = OrderedDict()
+        self._numbers: dict[Mark, int] = {}
         self.left: int | None = None
+        self.guessed = False
+        """Whether an answer was what was known of other lengths."""
+
+    def number(self, m: Mark) -> int:
+        """Stands for it in keys, for hashing it takes longer."""
+        return self._numbers.setdefault(m, len(self._numbers))
+
+    def kinds(self, pool: str, asked: object) -> dict[tuple[object, ...], tuple[Kind | None, bool]]:
+        """Kinds of groups made of these answers, for who asks to fill, and whether none of them was guessed; emptied when `asked` changes,
+        or there are too many."""
+        if (found := self._kinds.get(pool)) is None or found[0] != asked or len(found[1]) > REMEMBERED_MAX:
+            found = self._kinds[pool] = asked, {}
+            self._kinds.move_to_end(pool)
+            while len(self._kinds) > ENGINES_MAX:
+                self._kinds.popitem(last=False)
+        return found[1]
 
     def of(
         self,
@@ -82,37 +108,57 @@ class Capacity:
         partly: bool = False,
         crowd: int = 1,
     ) -> Safe:
-        """`tier`: of whom; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the group.
+        """`tier`: of whom, and its guest; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the
+        group.
 
         `crowd`: groups among which routers spread what comes, so that each sees less of the bursts.
 
         `partly`: near targets that cannot be held, more requests meet them at a rate at which many do not: that counts. The second try
         is what would hold without bursts, so that of TPs of which none holds the nearest is preferred.
         """
-        rest = version(model), tp_size, goal, resident, guest, partly
-        key, last = (*rest, m, crowd), (*rest, tier)
+        rest = version(model), tp_size, goal, resident, partly
+        key, last = (*rest, guest, m, crowd), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
-                self._latest[last] = m, found
+                self._latest[last] = m, guest, found
             return found
-        if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m):
-            return before[1]
-        prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
+        if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m) and _near(before[1], guest):
+            self.guessed = True
+            return before[2]
         other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
-        group = Group(model, tp_size, prompt, output, m.dispersion, self.governed, other, resident, crowd)
-        found = safe(group, goal)
+        engine = self._engine(model, tp_size, m, resident)
+        found = safe(engine.among(crowd, m.dispersion, other), goal)
         held = found.rate
         for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
-            group = Group(model, tp_size, prompt, output, rush, self.governed, other, resident, crowd)
-            some = safe(group, replace(goal, share=min(goal.share, HALF)))
+            group, looser = engine.among(crowd, rush, other), replace(goal, share=min(goal.share, HALF))
+            if found.rate and group.at(found.rate / part / MARGIN, looser).share < looser.share:
+                continue  # fewer than that part meet them where it would take as many to count for more
+            some = safe(group, looser)
             if part * some.rate > found.rate:
                 found = Safe(part * some.rate, found.binding, some.batch, held)
         self._known[key] = found
-        self._latest[last] = m, found
+        self._latest[last] = m, guest, found
         self.left = self.left - 1 if self.left else self.left
         for known in (self._known, self._latest):
             while len(known) > REMEMBERED_MAX:
                 known.popitem(last=False)
+        return found
+
+    def _engine(self, model: StepTimeModel, tp_size: int, m: Mark, resident: tuple[int, ...]) -> Group:
+        key = version(model), tp_size, m.prompt, m.prompt_ratio, m.output, m.output_ratio, resident
+        if (found := self._engines.get(key)) is None:
+            prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
+            found = self._engines[key] = Group(model, tp_size, prompt, output, governed=self.governed, resident_tp=resident)
+            if len(self._engines) > ENGINES_MAX:
+                self._engines.popitem(last=False)
+        return found
+
+    def kv_tokens(self, model: StepTimeModel, tp_size: int, resident: tuple[int, ...]) -> int:
+        key = version(model), tp_size, resident
+        if (found := self._kv_tokens.get(key)) is None:
+            found = self._kv_tokens[key] = model.kv_capacity_tokens(tp_size, resident)
+            if len(self._kv_tokens) > REMEMBERED_MAX:
+                self._kv_tokens.popitem(last=False)
         return found
 
     def size(
@@ -122,7 +168,7 @@ class Capacity:
         prompt, output = rounded(prompt, STEP), rounded(output, STEP)
         key = version(model), tp_size, prompt, output, tpot_ms, resident
         if key not in self._sizes:
-            self._sizes[key] = sizes(model, tp_size, prompt, output, tpot_ms, model.kv_capacity_tokens(tp_size, resident))
+            self._sizes[key] = sizes(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident))
             if len(self._sizes) > REMEMBERED_MAX:
                 self._sizes.popitem(last=False)
         return self._sizes[key]

@@ -52,7 +52,7 @@ def _affordable(d: Decided, snapshot: Snapshot) -> tuple[Placed, ...]:
     most = d.q.pool.budget_gpus - len(set(snapshot.holds.get(name, ())))
     total, after = sum(held.values()), dict.fromkeys(held, 0)
     found = []
-    for p in sorted(d.placed, key=lambda p: (tuple(g.uuid for g in p.gpus) not in before[p.agent_id], p.key)):
+    for p in sorted(d.placed, key=lambda p: (p.key[2] not in before[p.agent_id], p.key)):
         new = after[p.agent_id] + len(p.gpus)
         more = max(new - max(held[p.agent_id], after[p.agent_id]), 0)
         if not more or total + more <= most:
@@ -70,10 +70,12 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
         for p in d.placed:
             by_node[p.agent_id].append((d, p))
     ordered = sorted(snapshot.nodes, key=lambda n: n.node.agent_id)
-    wanted = {a: {(d.q.pool.name, tuple(g.uuid for g in p.gpus)) for d, p in found} for a, found in by_node.items()}
-    runs = {n.node.agent_id: {(g.pool, g.gpu_uuids) for g in n.layout.groups} for n in ordered}
+    wanted = {a: {(p.key[0], p.key[2]) for _, p in found} for a, found in by_node.items()}
+    runs = {n.node.agent_id: {(g.pool, g.gpu_uuids): g for g in n.layout.groups} for n in ordered}
     changing = [
-        n.node.agent_id for n in ordered if n.schedulable and runs[n.node.agent_id] and runs[n.node.agent_id] != wanted[n.node.agent_id]
+        n.node.agent_id
+        for n in ordered
+        if n.schedulable and runs[n.node.agent_id] and runs[n.node.agent_id].keys() != wanted[n.node.agent_id]
     ]
     late = set(changing[snapshot.settings.flips_at_once_max :])
     limits: dict[tuple[str, int, tuple[str, ...]], tuple[tuple[TierShare, ...], Limits]] = {}
@@ -84,7 +86,7 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
             kept = n.layout.groups if agent_id in late else tuple(g for g in n.layout.groups if g.pool in names)
             nodes.append(NodePlan(agent_id, n.residency, Layout(kept)))
             continue
-        groups = [_group(d, p, n, snapshot, limits, capacity) for d, p in by_node[agent_id]]
+        groups = [_group(d, p, runs[agent_id].get((p.pool, p.key[2])), snapshot, limits, capacity) for d, p in by_node[agent_id]]
         nodes.append(
             NodePlan(
                 agent_id,
@@ -92,20 +94,40 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
                 Layout(tuple(sorted(groups, key=lambda g: g.group_id))),
             )
         )
-    digest = hashlib.sha256(repr([(n.agent_id, n.residency, n.layout) for n in nodes]).encode()).hexdigest()
-    return Plan(digest[:12], tuple(nodes), tuple(d.plan for d in decided))
+    return Plan(_digest(nodes), tuple(nodes), tuple(d.plan for d in decided))
+
+
+def _digest(nodes: list[NodePlan]) -> str:
+    """Of residencies and layouts, field by field: done each second for each group of a fleet, and dataclasses are slow to print."""
+    printed: dict[tuple[tuple[TierShare, ...], Limits], int] = {}
+    known: dict[tuple[int, int], int] = {}
+
+    def number(g: Group) -> int:
+        """Of its shares and limits, which many share."""
+        if (found := known.get(same := (id(g.shares), id(g.capacity)))) is None:  # hashing what they hold takes longer
+            found = known[same] = printed.setdefault((g.shares, g.capacity), len(printed))
+        return found
+
+    lines = []
+    for n in nodes:
+        lines.append(f"node {n.agent_id}")
+        lines += [f"{e.engine_id} {e.model} {e.tp_size} {' '.join(e.gpu_uuids)}" for e in n.residency.engines]
+        for g in n.layout.groups:
+            where = " ".join(g.gpu_uuids)
+            lines.append(f"group {g.group_id} {g.engine_id} {g.pool} {g.model} {g.tp_size} {g.role.value} {number(g)} {where}")
+    lines.append(repr(list(printed)))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def _group(
     d: Decided,
     p: Placed,
-    n: NodeView,
+    runs: Group | None,
     snapshot: Snapshot,
     known: dict[tuple[str, int, tuple[str, ...]], tuple[tuple[TierShare, ...], Limits]],
     capacity: Capacity,
 ) -> Group:
-    uuids = tuple(g.uuid for g in p.gpus)
-    runs = next((g for g in n.layout.groups if g.pool == p.pool and g.gpu_uuids == uuids), None)
+    uuids = p.key[2]
     if runs is not None and (not runs.engine_id.endswith(d.q.mark) or runs.model != d.q.pool.model) and d.serving is not None:
         runs = None  # other weights on the same GPUs
     if runs is not None and d.serving is None:
@@ -119,10 +141,17 @@ def _group(
     if (key := (p.pool, len(uuids), p.tiers)) not in known:
         known[key] = limits_of(d.q, d.serving, len(uuids), p.tiers, snapshot, capacity)
     shares, limits = known[key]
-    name = engine_id(d.q, p.gpus[0].index, len(uuids))
     if runs is not None:
-        return runs if (runs.shares, runs.capacity) == (shares, limits) else replace(runs, shares=shares, capacity=limits)
+        return runs if runs.shares == shares and runs.capacity == limits else _limited(runs, shares, limits)
+    name = engine_id(d.q, p.gpus[0].index, len(uuids))
     return Group(name, name, p.pool, d.q.pool.model, len(uuids), uuids, shares=shares, capacity=limits)
+
+
+def _limited(group: Group, shares: tuple[TierShare, ...], limits: Limits) -> Group:
+    """As `replace`, which takes ten times as long: done for each group of a fleet, each second."""
+    found = object.__new__(Group)
+    found.__dict__.update(group.__dict__, shares=shares, capacity=limits)
+    return found
 
 
 def _groups_of(snapshot: Snapshot, pool: str) -> list[tuple[str, Group]]:

@@ -28,17 +28,18 @@ class _Left:
         self.members: list[tuple[int, ...]] = []
         self.filled: list[tuple[int, float, list[tuple[int, int, float]]]] = [(-1, 0.0, [])] * len(problem.kinds)
         index = {(w.pool, w.tier): t for t, w in enumerate(problem.wants)}
-        self.ways: list[list[tuple[float, float, int, int]]] = []
-        """By kind: (worth x rate, rate, want, piece), what earns most first."""
+        self.ways: list[list[tuple[float, int, int, float, float]]] = []
+        """By kind: (-worth x rate, want, piece, rate, worth), what earns most last."""
         for kind in problem.kinds:
             ways = [
-                (worth * rate, rate, t, piece)
+                (-worth * rate, t, piece, rate, worth * rate / rate)  # rounded as the rank is: equal kinds stay equal
                 for tier, rate in zip(kind.tiers, kind.rates, strict=True)
                 if rate > 0 and (t := index.get((kind.pool, tier))) is not None
                 for piece, (_, worth) in enumerate(pieces[t])
             ]
-            self.ways.append(sorted(ways, key=lambda w: (-w[0], w[2], w[3])))
-            self.members.append(tuple({t for _, _, t, _ in ways}))
+            ways.sort(reverse=True)
+            self.ways.append(ways)
+            self.members.append(tuple({w[1] for w in ways}))
         self.places = [
             tuple(c for c, cls in enumerate(problem.classes) if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0)
             for kind in problem.kinds
@@ -49,16 +50,21 @@ class _Left:
     def fill(self, k: int, groups: float) -> tuple[float, list[tuple[int, int, float]]]:
         """(what so many groups earn on what is left, the pieces they fill)."""
         earned, left, filled = 0.0, groups, []
-        for density, rate, t, piece in self.ways[k]:
-            if left <= 1e-12:
-                break
-            if (need := self.need[t][piece]) <= 1e-12:
+        needs, ways = self.need, self.ways[k]
+        while ways and needs[ways[-1][1]][ways[-1][2]] <= 1e-12:
+            ways.pop()  # what is filled stays so
+        for _, t, piece, rate, worth in reversed(ways):
+            if (need := needs[t][piece]) <= 1e-12:
                 continue
-            got = min(need, left * rate)
+            got = left * rate
+            if got >= need:
+                got = need
             if got > 1e-12:
-                earned += density / rate * got
+                earned += worth * got
                 left -= got / rate
                 filled.append((t, piece, got))
+                if left <= 1e-12:
+                    break
         return earned, filled
 
     def room(self, c: int, k: int) -> int:
@@ -94,15 +100,25 @@ class _Left:
 
     def best(self, k: int) -> tuple[float, int, list[tuple[int, int, float]]] | None:
         """(what one more group earns per GPU, in which class, the pieces it fills); None: nothing, or no room."""
-        where = min(((self.loss(c, k), c) for c in self.places[k] if self.room(c, k) > 0), default=None)
-        if where is None:
+        kind = self.problem.kinds[k]
+        tp_size = kind.tp_size
+        if self.budget.get(kind.pool, 0) < tp_size:
+            return None
+        least, where = 0.0, -1
+        for c in self.places[k]:
+            if self.gpus[c] >= tp_size and self.blocks[c].get(tp_size, 0) > 0:
+                loss = self.loss(c, k)
+                if where < 0 or loss < least:
+                    least, where = loss, c
+        if where < 0:
             return None
         at, earned, filled = self.filled[k]
-        if at < 0 or any(self.changed[t] > at for t in self.members[k]):
+        changed = self.changed
+        if at < 0 or any([changed[t] > at for t in self.members[k]]):
             earned, filled = self.fill(k, 1.0)
             self.filled[k] = self.taken, earned, filled
-        gain = (earned - where[0]) / self.problem.kinds[k].tp_size
-        return (gain, where[1], filled) if gain > 1e-12 else None
+        gain = (earned - least) / tp_size
+        return (gain, where, filled) if gain > 1e-12 else None
 
 
 def solve(problem: Problem, start: Counts | None = None) -> Answer:

@@ -33,7 +33,7 @@ def limits_of(
     along = [t.name for t in q.slo_tiers if t.name not in covered]
     loosest = not q.slo_tiers or not tiers or q.slo_tiers[-1].name in tiers or q.slo_tiers[-1].name not in covered
     model = snapshot.step_times[q.pool.name]
-    kv_tokens = model.kv_capacity_tokens(tp_size, q.tps)
+    kv_tokens = capacity.kv_tokens(model, tp_size, q.tps)
     known = tuple(t for t in tiers if t not in serving.sheltered) or tiers  # who is only taken in has no say in the limits
     k = serving.kind(tp_size, known)
     kind = serving.asked.kinds[k] if k is not None else None

@@ -1,7 +1,7 @@
 """From counts to GPUs, with the least disturbance: widest groups first; what runs stays; else the block whose loss moves least KV."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nitsum.planner.types import NodeView
 from nitsum.topology import Gpu
@@ -26,9 +26,11 @@ class Placed:
     gpus: tuple[Gpu, ...]
     tiers: tuple[str, ...]
 
-    @property
-    def key(self) -> tuple[str, str, tuple[str, ...]]:
-        return self.pool, self.agent_id, tuple(g.uuid for g in self.gpus)
+    key: tuple[str, str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
+    """Pool, node, uuids of its GPUs."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", (self.pool, self.agent_id, tuple([g.uuid for g in self.gpus])))
 
 
 Running = Mapping[tuple[str, str, tuple[str, ...]], tuple[str, ...]]
@@ -70,16 +72,14 @@ def place(slots: list[Slot], nodes: list[NodeView], running: Running, barred: fr
 def labelled(pool: str, slots: list[Slot], blocks: list[tuple[str, tuple[Gpu, ...]]], running: Running) -> list[Placed]:
     """Which of the blocks serves which tiers: those that served them before go on."""
     left = {s.tiers: s.wanted for s in slots}
-    now = {b: running.get((pool, b[0], tuple(g.uuid for g in b[1])), ()) for b in blocks}
-    placed = []
-    for kept in (True, False):
-        for at in sorted(blocks):
-            if at not in now:
-                continue
-            tiers = now[at] if kept and left.get(now[at], 0) > 0 else next((t for t, n in sorted(left.items()) if n > 0), ())
-            if kept and tiers != now[at]:
-                continue
+    placed, others = [], []
+    for agent_id, gpus in sorted(blocks, key=lambda b: (b[0], b[1][0].index)):
+        tiers = running.get((pool, agent_id, tuple([g.uuid for g in gpus])), ())
+        if left.get(tiers, 0) > 0:
             left[tiers] -= 1
-            del now[at]
-            placed.append(Placed(pool, at[0], at[1], tiers))
-    return placed
+            placed.append(Placed(pool, agent_id, gpus, tiers))
+        else:
+            others.append((agent_id, gpus))
+    names = [tiers for tiers, n in sorted(left.items()) for _ in range(n)]
+    assert len(names) >= len(others), f"{pool}: {len(others) - len(names)} groups without tiers"
+    return placed + [Placed(pool, *at, tiers) for at, tiers in zip(others, names, strict=False)]

@@ -10,6 +10,7 @@ share, which comes before more goodput; what lies beyond the demand is capacity 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 SURGES = ((2.0, 1e-2), (4.0, 3e-3), (1e4, 1e-4))
 """(multiple of the demand up to which the piece goes, worth of a request/s in it)."""
@@ -33,6 +34,10 @@ class Want:
 
     def pieces(self) -> tuple[tuple[float, float], ...]:
         """(width in requests/s, worth of one, weight included); worth falls from piece to piece, so filling them in order is optimal."""
+        return self._pieces
+
+    @cached_property
+    def _pieces(self) -> tuple[tuple[float, float], ...]:
         ends = ((self.target, REACH), (1.0, REST), *((min(end, self.surge_max), worth) for end, worth in SURGES))
         starts = (0.0, *(end for end, _ in ends))
         return tuple((self.rate * (end - start), self.weight * worth) for (end, worth), start in zip(ends, starts, strict=False))
@@ -59,8 +64,17 @@ class Kind:
     def full(self) -> bool:
         return self.held is None or self.held > 0
 
+    @cached_property
+    def by_tier(self) -> Mapping[str, float]:
+        """Rates; kept, as they are asked for many times in each plan."""
+        return dict(zip(self.tiers, self.rates, strict=False))
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        return frozenset(self.tiers)
+
     def rate(self, tier: str) -> float:
-        return self.rates[self.tiers.index(tier)] if tier in self.tiers else 0.0
+        return self.by_tier.get(tier, 0.0)
 
     @property
     def label(self) -> str:
@@ -154,15 +168,14 @@ def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
     score = -problem.switch_loss(counts)
     pieces = {(w.pool, w.tier): [list(piece) for piece in w.pieces()] for w in problem.wants}
     ways = [
-        (-worth * problem.kinds[k].rate(w.tier), len(problem.kinds[k].tiers), w.pool, w.tier, piece, k)
+        (-worth * rate, len(problem.kinds[k].tiers), w.pool, w.tier, piece, k, rate)
         for w in problem.wants
-        for piece, (_, worth) in enumerate(w.pieces())
         for k in groups
-        if problem.kinds[k].pool == w.pool and problem.kinds[k].rate(w.tier) > 0
+        if problem.kinds[k].pool == w.pool and (rate := problem.kinds[k].rate(w.tier)) > 0
+        for piece, (_, worth) in enumerate(w.pieces())
     ]
-    for _, _, pool, tier, piece, k in sorted(ways):
+    for _, _, pool, tier, piece, k, rate in sorted(ways):
         need, worth = pieces[pool, tier][piece]
-        rate = problem.kinds[k].rate(tier)
         got = min(need, left[k] * rate)
         if got > 1e-12:
             left[k] -= got / rate

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from statistics import NormalDist
 
 from nitsum.attainment import Goal
@@ -9,9 +10,9 @@ from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode, Group
 from nitsum.perf import StepTimeModel
 from nitsum.perf.memory import worth_residing
-from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark
+from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark, version
 from nitsum.planner.place import Running
-from nitsum.planner.problem import Class, Counts, Kind, Problem, Want
+from nitsum.planner.problem import SURGES, Class, Counts, Kind, Problem, Want
 from nitsum.planner.types import NodeView, Snapshot
 from nitsum.pool import Pool, Tier
 
@@ -46,13 +47,13 @@ class PoolQuestion:
     left_out: tuple[int, ...] = ()
     """Legal degrees whose weights would take the others' KV."""
 
-    @property
+    @cached_property
     def slo_tiers(self) -> tuple[Tier, ...]:
         """Strictest TPOT first; tiers without an SLO ride along and have no say."""
         key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
         return tuple(sorted((t for t in self.pool.tiers if not t.background), key=key))
 
-    @property
+    @cached_property
     def background(self) -> tuple[str, ...]:
         return tuple(t.name for t in self.pool.tiers if t.background)
 
@@ -68,8 +69,13 @@ class PoolQuestion:
 
 def headroom(demand: TierDemand, quantile: float) -> TierDemand:
     """The rate's `quantile`; a tier nobody asked for yet counts with a prior."""
-    z = max(NormalDist().inv_cdf(quantile), 0.0)
-    return replace(demand, rate=max(demand.rate + z * min(demand.rate_stddev, demand.rate), PRIOR_RATE))
+    return replace(demand, rate=max(demand.rate + _above(quantile) * min(demand.rate_stddev, demand.rate), PRIOR_RATE))
+
+
+@cache
+def _above(quantile: float) -> float:
+    """Standard deviations above the mean; never below it."""
+    return max(NormalDist().inv_cdf(quantile), 0.0)
 
 
 def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, ...], widest: int) -> tuple[int, ...]:
@@ -81,7 +87,7 @@ def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, .
 
 def _meant(g: Group) -> tuple[str, ...]:
     """Tiers that a group is for; those with a share of 0 ride along, those with the least are taken in (`compose.SHELTERED`)."""
-    return tuple(s.tier for s in g.shares if s.share > 1.5e-3) or tuple(s.tier for s in g.shares)
+    return tuple([s.tier for s in g.shares if s.share > 1.5e-3] or [s.tier for s in g.shares])
 
 
 def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], budget: int) -> Running:
@@ -163,36 +169,54 @@ def _crowd(groups: int, part: float) -> int:
     return 1 << max(int(groups * part + 0.25).bit_length() - 1, 0)
 
 
-def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
-    """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers."""
-    pool, tiers = question.pool, question.slo_tiers
-    model = snapshot.step_times[pool.name]
-    marks = {t.name: mark(question.demand[t.name]) for t in tiers}
+@lru_cache(maxsize=256)
+def _runs(tiers: tuple[Tier, ...]) -> tuple[tuple[tuple[str, Goal, str], ...], ...]:
+    """Tiers that may share groups: of each run of neighbours, (tier, its goal there, the tier whose TTFT suffers)."""
     runs = [
         tiers[first:last]
         for first in range(len(tiers))
         for last in range(first + 1, len(tiers) + 1)
         if last - first <= MIXED_MAX or last - first == len(tiers)
     ]
-    shared = [[(t.name, *goal_of(t, members)) for t in members] for members in runs]
+    return tuple(tuple((t.name, *goal_of(t, members)) for t in members) for members in runs)
+
+
+def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
+    """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers."""
+    pool, tiers = question.pool, question.slo_tiers
+    model = snapshot.step_times[pool.name]
+    marks = {t.name: mark(question.demand[t.name]) for t in tiers}
+    runs = _runs(tiers)
     prompts = {n: (m.prompt, m.prompt_ratio) for n, m in marks.items()}
-    found = []
+    known = capacity.kinds(pool.name, (version(model), question.tps, tiers))
+    numbers = {name: capacity.number(m) for name, m in marks.items()}
+    lengths = [tuple([numbers[t] for t, _, _ in sharing]) for sharing in runs]
+    found: list[Kind | None] = []
     for tp_size in question.tps if tps is None else tps:
         works = {t.name: work(question.demand[t.name], model, tp_size) for t in tiers}
-        for sharing in shared:
-            crowd = _crowd(question.budget // tp_size, sum(works[t] for t, _, _ in sharing) / sum(works.values()))
+        whole, groups = sum(works.values()), question.budget // tp_size
+        for sharing, length in zip(runs, lengths, strict=True):
+            crowd = _crowd(groups, sum([works[t] for t, _, _ in sharing]) / whole)
+            key = tp_size, crowd, sharing[0][0], length
+            if (before := known.get(key)) is not None and (before[1] or capacity.left == 0):
+                found.append(before[0])
+                continue
+            capacity.guessed = False
             safe = [
-                capacity.of(model, tp_size, f"{pool.name}/{t}", marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, crowd)
+                capacity.of(model, tp_size, whose, marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, crowd)
                 for t, goal, guest in sharing
+                for whose in [f"{pool.name}/{t}/{guest}"]
             ]
-            if len(sharing) > 1 and not all(s.rate for s in safe):
-                continue  # fewer share it as well
-            names = tuple(t for t, _, _ in sharing)
-            rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
-            found.append(Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None))
+            kind = None
+            if len(sharing) == 1 or all(s.rate for s in safe):  # else fewer share it as well
+                names = tuple(t for t, _, _ in sharing)
+                rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
+                kind = Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None)
+            found.append(kind)
+            known[key] = kind, not capacity.guessed
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
-    return tuple(found)
+    return tuple(k for k in found if k is not None)
 
 
 def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list[Class], list[list[NodeView]]]:
@@ -200,11 +224,19 @@ def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list
     tps = sorted({t for q in questions for t in q.tps})
     by_mark: dict[object, list[NodeView]] = {}
     nodes = {n.node.agent_id: n for q in questions for n in q.nodes}
+    used: dict[str, set[str]] = {}
+    for q in questions:
+        for n in q.nodes:
+            used.setdefault(n.node.agent_id, set()).add(q.pool.name)
     for agent_id in sorted(nodes):
         n = nodes[agent_id]
-        pools = frozenset(q.pool.name for q in questions if any(m.node.agent_id == agent_id for m in q.nodes))
-        blocks = tuple((t, sum(not barred & {g.uuid for g in b} for b in n.node.blocks(t))) for t in tps)
-        free = sum(g.uuid not in barred for g in n.node.gpus)
+        pools = frozenset(used[agent_id])
+        own = barred & {g.uuid for g in n.node.gpus} if barred else barred
+        if own:
+            blocks = tuple((t, sum(own.isdisjoint([g.uuid for g in b]) for b in n.node.blocks(t))) for t in tps)
+        else:
+            blocks = tuple((t, len(n.node.blocks(t))) for t in tps)
+        free = len(n.node.gpus) - len(own)
         by_mark.setdefault((pools, blocks, free, tuple(sorted({g.type for g in n.node.gpus}))), []).append(n)
     members = list(by_mark.values())
     marks = list(by_mark)
@@ -213,11 +245,12 @@ def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list
 
 def nearest(problem_kinds: tuple[Kind, ...], pool: str, tp_size: int, tiers: Collection[str]) -> int | None:
     """The kind whose tiers are most like these."""
-    asked = set(tiers)
-    same = [i for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
-    return max(
-        same, key=lambda i: (len(asked & set(problem_kinds[i].tiers)) - 0.5 * len(set(problem_kinds[i].tiers) - asked), -i), default=None
-    )
+    asked = frozenset(tiers)
+    same = [(i, k.members) for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
+    alike = next((i for i, members in same if members == asked), None)
+    if alike is not None or not same:
+        return alike
+    return max(same, key=lambda of: (len(asked & of[1]) - 0.5 * len(of[1] - asked), -of[0]))[0]
 
 
 def counts_of(problem_kinds: tuple[Kind, ...], members: list[list[NodeView]], running: Running) -> Counts:
@@ -246,9 +279,9 @@ def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float) -> float
     return pause_ms / 1e3 / snapshot.settings.dwell_s * score / question.gpus
 
 
-def wants(question: PoolQuestion) -> list[Want]:
-    d = question.demand
-    return [Want(question.pool.name, t.name, d[t.name].rate, t.target, t.weight) for t in question.slo_tiers]
+def wants(question: PoolQuestion, surge_max: float = SURGES[-1][0]) -> list[Want]:
+    d, name = question.demand, question.pool.name
+    return [Want(name, t.name, d[t.name].rate, t.target, t.weight, surge_max) for t in question.slo_tiers]
 
 
 def problem(

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from nitsum.planner import greedy
 from nitsum.planner.place import Placed, Running, Slot, labelled
-from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, value, wins
+from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
 
 EVEN_MIN = 0.75
@@ -38,8 +38,12 @@ class Serving:
     def covered(self) -> frozenset[str]:
         return frozenset(t for p in self.placed for t in p.tiers)
 
+    @cached_property
+    def _at(self) -> dict[tuple[int, tuple[str, ...]], int]:
+        return {(k.tp_size, k.tiers): i for i, k in reversed(list(enumerate(self.asked.kinds)))}
+
     def kind(self, tp_size: int, tiers: tuple[str, ...]) -> int | None:
-        exact = next((i for i, k in enumerate(self.asked.kinds) if (k.tp_size, k.tiers) == (tp_size, tiers)), None)
+        exact = self._at.get((tp_size, tiers))
         return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, tp_size, tiers)
 
     def _groups(self, k: int) -> int:
@@ -79,7 +83,7 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
     other tiers would pay for what comes too much. One tier of one kind after the other, the least wanted first. Groups that no demand needs
     stay as they are."""
     index = {(k.tp_size, k.tiers): i for i, k in enumerate(asked.kinds)}
-    only = replace(asked, wants=tuple(replace(w, surge_max=1.0) for w in asked.wants))
+    only = replace(asked, wants=tuple([Want(w.pool, w.tier, w.rate, w.target, w.weight, 1.0) for w in asked.wants]))
     least = (1 - NARROWED_LOSS) * answer.score
     tried: set[tuple[int, int]] = set()
     while True:
@@ -127,7 +131,7 @@ def _asked(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed]) -> tu
     tps = sorted(widths)
     mine = tuple(k for k in kinds if k.pool == name and k.tp_size in widths)
     classes = tuple(Class(widths[tp], tp, frozenset({name}), {tp: 1}) for tp in tps)
-    demand = tuple(replace(w, surge_max=SURGE_MAX) for w in wants(q))
+    demand = tuple(wants(q, SURGE_MAX))
     now: Counts = {}
     for (tp_size, tiers), n in Counter((len(p.gpus), p.tiers) for p in placed).items():
         if (k := nearest(mine, name, tp_size, tiers)) is not None:
@@ -164,8 +168,12 @@ def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_m
     answer = _narrowed(asked, answer)
     counts = dict(answer.counts)
     running: Running = {p.key: p.tiers for p in placed}
-    found: list[Placed] = []
-    for c, tp_size in enumerate(tps):
+    wanted: Counter[tuple[int, tuple[str, ...]]] = Counter()
+    for (c, k), n in counts.items():
+        wanted[tps[c], mine[k].tiers] += n
+    stays = wanted == Counter([(len(p.gpus), p.tiers) for p in placed])
+    found: list[Placed] = list(placed) if stays else []
+    for c, tp_size in () if stays else enumerate(tps):
         slots = [Slot(name, tp_size, mine[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c]
         blocks = [(p.agent_id, p.gpus) for p in placed if len(p.gpus) == tp_size]
         found += labelled(name, slots, blocks, running)

@@ -20,7 +20,7 @@ def profile(q: PoolQuestion, snapshot: Snapshot) -> str:
     if q.left_out:
         least, without = min(q.tps), times.kv_capacity_tokens(min(q.tps), q.tps)
         beside = times.kv_capacity_tokens(least, (*q.left_out, *q.tps))
-        text += f"; TP {', '.join(map(str, q.left_out))} is not kept resident: beside it TP {least} has {beside} tokens of KV, not {without}"
+        text += f"; TP {', '.join(map(str, q.left_out))} not kept resident: beside it TP {least} has {beside} tokens of KV, not {without}"
     return text
 
 

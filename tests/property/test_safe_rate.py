@@ -1,0 +1,58 @@
+"""What makes safe rates cheap must not move them: Newton's steps against bisection, and what goals share against working it out anew."""
+
+import itertools
+import math
+
+import pytest
+
+from nitsum.attainment import Goal, Group, Lengths, Safe, safe
+from nitsum.perf.profile import load_shipped
+
+MODELS = [load_shipped(name) for name in ("llama-3.1-8b-instruct.h100_sxm", "qwen3-32b.h100_sxm")]
+RESIDENT = (1, 2, 4, 8)
+SHAPES = (((1000, 2000), (200, 400)), ((4000, 9600), (400, 480)), ((200, 200), (30, 60)))
+GOALS = (Goal(300, 12, 0.95), Goal(1000, 40, 0.9), Goal(None, 30, 0.95), Goal(800, None, 0.99), Goal(1000, 20, 0.95, 300))
+
+
+class Bisected(Group):
+    """The share of prefill steps by bisection alone, far more finely than needed."""
+
+    def _steps(self, rate: float, decode: float, work: float, fixed: float) -> tuple[float, float]:
+        if not fixed:
+            return rate, max(1 - rate * work, 0.0) / decode
+        low, high = 0.0, rate
+        for _ in range(40):
+            steps = (low + high) / 2
+            free = max(1 - rate * work - steps * fixed, 0.0) / decode
+            lasting = fixed + work * rate / steps
+            less = steps < free * (1 - math.exp(-rate * decode)) * math.exp(min(rate * lasting, 50.0))
+            low, high = (steps, high) if less else (low, steps)
+        return high, max(1 - rate * work - high * fixed, 0.0) / decode
+
+
+def group(of: type[Group], model: int, tp_size: int, shape: int, governed: bool, crowd: int, dispersion: float) -> Group:
+    prompt, output = (Lengths(*pair) for pair in SHAPES[shape])
+    return of(MODELS[model], tp_size, prompt, output, dispersion, governed, Lengths(300, 600), RESIDENT, crowd)
+
+
+@pytest.mark.parametrize(("model", "tp_size", "shape"), list(itertools.product((0, 1), (1, 4), (0, 1, 2))))
+def test_safe_rates_are_those_of_bisection(model: int, tp_size: int, shape: int) -> None:
+    for goal, crowd in itertools.product(GOALS, (1, 8)):
+        quick, sought = (safe(group(of, model, tp_size, shape, False, crowd, 2.0), goal) for of in (Group, Bisected))
+        assert quick.rate == pytest.approx(sought.rate, rel=0.01)
+        assert quick.binding == sought.binding
+        assert quick.batch == pytest.approx(sought.batch, rel=0.05, abs=1)
+
+
+@pytest.mark.parametrize("governed", [False, True])
+def test_what_goals_share_changes_none_of_them(governed: bool) -> None:
+    """In whichever order they are asked: plans must not depend on what was asked before."""
+    asked = list(itertools.product(GOALS, (1, 8), (1.0, 2.25)))
+
+    def fresh(goal: Goal, crowd: int, dispersion: float) -> Safe:
+        return safe(group(Group, 0, 2, 0, governed, crowd, dispersion), goal)
+
+    for order in (asked, asked[::-1]):
+        engine = group(Group, 0, 2, 0, governed, 1, 1.0)
+        for goal, crowd, dispersion in order:
+            assert safe(engine.among(crowd, dispersion, Lengths(300, 600)), goal) == fresh(goal, crowd, dispersion)
