@@ -157,7 +157,11 @@ class Answer:
 
 
 def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
-    """Score of `counts`, flows filled greedily, what earns most per group first. Never above the optimum of the flow problem."""
+    """Score of `counts`, flows filled greedily. Never above the optimum of the flow problem.
+
+    First what earns most per group, less where others serve the tier with fewer GPUs: a wide group is better at everything, and shall do
+    what it is better at by most.
+    """
     groups: dict[int, float] = {}
     for (_, k), n in counts.items():
         groups[k] = groups.get(k, 0.0) + n
@@ -167,13 +171,15 @@ def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
     flows: dict[tuple[int, str], float] = {}
     score = -problem.switch_loss(counts)
     pieces = {(w.pool, w.tier): [list(piece) for piece in w.pieces()] for w in problem.wants}
-    ways = [
-        (-worth * rate, len(problem.kinds[k].tiers), w.pool, w.tier, piece, k, rate)
-        for w in problem.wants
-        for k in groups
-        if problem.kinds[k].pool == w.pool and (rate := problem.kinds[k].rate(w.tier)) > 0
-        for piece, (_, worth) in enumerate(w.pieces())
-    ]
+    ways = []
+    for w in problem.wants:
+        able = [(k, problem.kinds[k], problem.kinds[k].rate(w.tier)) for k in groups if problem.kinds[k].pool == w.pool]
+        most = max((rate / kind.tp_size for _, kind, rate in able), default=0.0)
+        for k, kind, rate in able:
+            if rate > 0:
+                part = rate / kind.tp_size / most
+                for piece, (_, worth) in enumerate(w.pieces()):
+                    ways.append((-worth * rate * part, len(kind.tiers), w.pool, w.tier, piece, k, rate))
     for _, _, pool, tier, piece, k, rate in sorted(ways):
         need, worth = pieces[pool, tier][piece]
         got = min(need, left[k] * rate)

@@ -16,6 +16,9 @@ from nitsum.planner.question import PoolQuestion, nearest, wants
 
 EVEN_MIN = 0.75
 """Of a tier's mean flow per group: a kind through whose groups less flows is not meant for it."""
+LEFT_MIN = 0.1
+"""Of a tier's demand: where less than this shall flow, no group that others share is meant for it, whatever that costs: what comes all the
+same would break what they hold."""
 APART = 0.95
 """Of the score of shared groups, which counts on flows that nothing enforces once tiers are short."""
 NARROWED_LOSS = 0.05
@@ -100,21 +103,24 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
                 used = any((k, t) in flows for t in asked.kinds[k].tiers)
                 if used and fewer is not None and (k, fewer) not in tried and flow < EVEN_MIN * mean * groups[k]:
                     found.append((flow / mean / groups[k], k, fewer))
-        flowing = {t for _, t in flows}
-        for k in groups:  # nothing is left for it: what comes all the same goes to one group, not to all (`_sheltered`)
+        through_all: Counter[str] = Counter()
+        for (_, t), flow in flows.items():
+            through_all[t] += flow  # type: ignore[assignment]
+        flowing = {w.tier for w in asked.wants if through_all[w.tier] >= LEFT_MIN * w.rate}
+        for k in groups:  # what comes of it all the same goes to one group, not to all (`_sheltered`)
             for tier in asked.kinds[k].tiers if len(asked.kinds[k].tiers) > 1 else ():
                 fewer = index.get((asked.kinds[k].tp_size, tuple(t for t in asked.kinds[k].tiers if t != tier)))
                 if tier not in flowing and fewer is not None and (k, fewer) not in tried:
-                    found.append((0.0, k, fewer))
+                    found.append((-1.0, k, fewer))
         if not found:
             return answer
-        _, k, fewer = min(found)
+        part, k, fewer = min(found)
         tried.add((k, fewer))
         counts: Counter[tuple[int, int]] = Counter()
         for (c, of), n in answer.counts.items():
             counts[c, fewer if of == k else of] += n
         narrower = value(asked, dict(counts), answer.by)
-        if narrower.score >= least:
+        if part < 0 or narrower.score >= least:
             answer = narrower
 
 
