@@ -6,6 +6,7 @@ stays while it meets all demand, or no other labelling earns more by `gain_min`:
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -152,19 +153,30 @@ def as_labelled(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed]) 
     return Serving(tuple(placed), asked, value(asked, now, "as it serves"))
 
 
-def serve(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed], gain_min: float, anew: bool = False) -> Serving:
-    """`placed`: the pool's groups with the tiers they serve now. `anew`: those labels have no claim to stay."""
+def serve(
+    q: PoolQuestion,
+    kinds: tuple[Kind, ...],
+    placed: list[Placed],
+    gain_min: float,
+    anew: bool = False,
+    at_best: Callable[[Problem, Answer], Answer] = lambda _, answer: answer,
+) -> Serving:
+    """`placed`: the pool's groups with the tiers they serve now. `anew`: those labels are a plan's, which only its score keeps.
+    `at_best`: finds better flows through the same groups."""
     asked, now = _asked(q, kinds, placed)
     name, mine, tps = q.pool.name, asked.kinds, [c.gpus for c in asked.classes]
     widths = {c.gpus: c.nodes for c in asked.classes}
     if not q.slo_tiers or not mine:
         return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
-    chosen = value(asked, now, "as it serves")
+    chosen = at_best(asked, value(asked, now, "as it serves"))
     if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = _best(asked)
         parts = _short(asked, chosen) and _apart(asked, best) and not _apart(asked, chosen)
-        if anew or (best.score > APART * chosen.score if parts else wins(asked, best, chosen, gain_min)):
-            chosen = best
+        if parts or anew:
+            better = best.score > (APART if parts else 1.0) * chosen.score
+        else:
+            better = wins(asked, best, chosen, gain_min)
+        chosen = best if better else chosen
     counts = dict(chosen.counts)
     for c, tp_size in enumerate(tps):
         idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)

@@ -23,6 +23,7 @@ from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import crowded, describe, goodput, outlook, profile, shape
 from nitsum.pool import AdaptationMode
 
+STEADY = 0.4
 STALE = "no fresh demand report: the last safe layout stays"
 
 
@@ -40,6 +41,16 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
     if flipped and now - max(flipped) < settings.cooldown_s:
         return f"cooling down for {settings.cooldown_s:g} s after the last flip"
     return ""
+
+
+def gain_asked(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
+    """The least relative gain of a change: `gain_min` at first, STEADY of it where a layout has stood for twice the dwell that is expected
+    after a flip, so that what is a little better for long does not stay out of reach."""
+    mine = {agent_id for _, agent_id, _ in q.running}
+    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
+    settings = snapshot.settings
+    stood = min((now - max(flipped)) / (2 * settings.dwell_s), 1.0) if flipped and settings.dwell_s > 0 else 1.0
+    return settings.gain_min * (1 - (1 - STEADY) * stood)
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ class SlowPlane:
         moves = [q for q in questions if q not in [k.q for k in kept]]
         # What a pool that may not change has, also what it loses only now, is not for others in this plan.
         barred = frozenset(u for k in kept for _, _, uuids in k.q.had for u in uuids)
-        decided = self._decide(moves, snapshot, barred) if moves else []
+        decided = self._decide(moves, snapshot, now, barred) if moves else []
         used = set(barred) | {g.uuid for d in decided for p in d.placed for g in p.gpus}
         for k in kept:
             decided.append(self._keep(k, snapshot, used, stale(k.q.pool.name, snapshot, now)))
@@ -139,8 +150,8 @@ class SlowPlane:
             return replace(fallback, note="the exact solver found nothing; greedy decided")
         return found if found.score >= fallback.score else replace(fallback, note="greedy found more than the bounded exact search")
 
-    def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, barred: frozenset[str]) -> list[Decided]:
-        gain_min = snapshot.settings.gain_min
+    def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
+        gain_min = min(gain_asked(q, snapshot, now) for q in moves)
         asked, members, _ = problem(moves, snapshot, self._capacity, barred)
         runs = {q.pool.name: relabelled(as_placed(q), as_kinds(q, asked.kinds, as_placed(q), gain_min)) for q in moves}
         running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
@@ -162,8 +173,10 @@ class SlowPlane:
         decided = []
         for q in moves:
             mine = [p for p in placed if p.pool == q.pool.name]
-            serving = self._flowing(serve(q, asked.kinds, mine, gain_min, anew=change))
-            decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change)))
+            serving = self._flowing(serve(q, asked.kinds, mine, gain_min, change, self._at_best))
+            decided.append(
+                Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change, gain_min))
+            )
         return decided
 
 
@@ -175,7 +188,13 @@ def _repaired(q: PoolQuestion, placed: Iterable[Placed]) -> list[str]:
 
 
 def _plan(
-    q: PoolQuestion, snapshot: Snapshot, asked: Problem, serving: Serving, answers: tuple[Answer, Answer, Answer, Answer], change: bool
+    q: PoolQuestion,
+    snapshot: Snapshot,
+    asked: Problem,
+    serving: Serving,
+    answers: tuple[Answer, Answer, Answer, Answer],
+    change: bool,
+    gain_min: float,
 ) -> PoolPlan:
     """Reasons of a pool that could change."""
     current, base, best, answer = answers
@@ -194,7 +213,7 @@ def _plan(
         reasons.append(f"first layout: {will}")
     elif same:
         gain = best.score / base.score - 1 if base.score > 0 else 0.0
-        reasons.append(f"{was} stays: the best other shape gains {max(gain, 0):.0%}, {settings.gain_min:.0%} is asked")
+        reasons.append(f"{was} stays: the best other shape gains {max(gain, 0):.0%}, {gain_min:.1%} is asked")
     elif not change:
         reasons.append(f"its GPUs changed: {was} -> {will}")
     else:
