@@ -1,6 +1,6 @@
 """Goodput of every policy over mixes of recorded traces, loads and seeds: simulated, so every figure is modelled.
 
-usage: uv run python bench/goodput.py [--quick] [--traces DIR] [--jobs N] [--only tables,even,ladder] [--json FILE]
+usage: uv run python bench/goodput.py [--quick | --short] [--traces DIR] [--jobs N] [--only tables,even,ladder] [--json FILE]
 
 The traces lie outside the repository: `--traces`, or NITSUM_TRACES. Results of single cells are kept under `--results`; a sweep that was
 cut off goes on there. Seeds are added until the standard error of nitsum's and the oracle's mean attainment is at most 1 %, four at most.
@@ -50,6 +50,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="one model, four mixes, two loads, a minute each, one seed")
     options.add_argument(
+        "--short", action="store_true", help="both models on 8 GPUs, all mixes, three loads of 90 s, fewer policies, one seed"
+    )
+    options.add_argument(
         "--traces", type=Path, default=os.environ.get("NITSUM_TRACES"), metavar="DIR", help="folder of the recorded traces"
     )
     options.add_argument("--results", type=Path, default=Path(__file__).parent / "out" / "goodput", metavar="DIR")
@@ -66,12 +69,18 @@ def main() -> None:
         print(f"NO TRACES: {where}; synthetic requests of the same mean lengths, Poisson, stand in for all of them", file=sys.stderr)
         traces = None
     origin = "recorded traces" if traces else "SYNTHETIC TRAFFIC"
-    tables, even, ladder = plans(args.quick)
+    tables, even, ladder = plans(args.quick, args.short)
     todo = [*(tables if "tables" in parts else ()), *([even] if "even" in parts else ()), *([ladder] if "ladder" in parts else ())]
     store = Store(args.results, traces)
     make(todo, store, args.results, traces, args.jobs)
     console = Console(width=None if Console().is_terminal else 200)
-    document: dict[str, Any] = {"origin": "modelled", "traffic": origin, "code": goodput_cells.digest(), "quick": args.quick}
+    document: dict[str, Any] = {
+        "origin": "modelled",
+        "traffic": origin,
+        "code": goodput_cells.digest(),
+        "quick": args.quick,
+        "short": args.short,
+    }
     if "tables" in parts:
         found = [(plan, mix, goodput_tables.table_of(plan, mix, store)) for plan in tables for mix in plan.mixes]
         for plan, mix, data in found:

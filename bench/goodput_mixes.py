@@ -91,9 +91,9 @@ def _rates(*of_mix: float) -> dict[str, float]:
 MODELS = {
     m.name: m
     for m in (
-        Model("Llama-3.1-8B", f"llama-3.1-8b-instruct.{GPU}", 1.0, 5.0, _rates(175.0, 80.0, 52.0, 44.0, 100.0, 80.0, 290.0)),
+        Model("Llama-3.1-8B", f"llama-3.1-8b-instruct.{GPU}", 1.0, 5.0, _rates(175.0, 80.0, 52.0, 44.0, 150.0, 110.0, 290.0)),
         Model("Qwen3-14B", f"qwen3-14b.{GPU}", 1.5, 8.0, dict.fromkeys(MIXES, 70.0)),
-        Model("Qwen3-32B", f"qwen3-32b.{GPU}", 2.0, 16.0, _rates(40.0, 9.2, 12.0, 14.0, 22.0, 20.0, 80.0)),
+        Model("Qwen3-32B", f"qwen3-32b.{GPU}", 2.0, 16.0, _rates(40.0, 9.2, 12.0, 14.0, 30.0, 34.0, 80.0)),
     )
 }
 

@@ -83,16 +83,20 @@ class Plan:
 
 
 EVERY = "plain-tpN,static-tpN,static-partition,static-pd,resplit-tpN,replicas-tpN,restart-tp,nitsum,oracle"
-FEW = "plain-tp1,plain-tp2,static-tp2,static-partition,resplit-tp2,nitsum,oracle"
-FEW_32B = "plain-tp2,plain-tp4,static-tp4,static-partition,resplit-tp4,nitsum,oracle"
+FEW = "plain-tp1,plain-tp2,static-tp2,static-partition,resplit-tp1,resplit-tp2,resplit-tp4,nitsum,oracle"
+FEW_32B = "plain-tp2,plain-tp4,static-tp4,static-partition,resplit-tp2,resplit-tp4,nitsum,oracle"
 LADDER = "plain-tpN,aware-tpN,apart,static-partition,restart-tp,nitsum"
 
 
-def plans(quick: bool) -> tuple[tuple[Plan, ...], Plan, Plan]:
+def plans(quick: bool, short: bool = False) -> tuple[tuple[Plan, ...], Plan, Plan]:
     """(the tables, break-even, the ladder)."""
     mixes, grid = tuple(MIXES), (0.5, 0.7, 0.85, 1.0, 1.2, 1.45)
-    if quick:
-        tables: tuple[Plan, ...] = (Plan("8 H100", "Llama-3.1-8B", 8, mixes[:4], (0.7, 1.0), FEW, 60.0, lower_max=1),)
+    if short:
+        few = {"Llama-3.1-8B": FEW, "Qwen3-32B": FEW_32B}
+        tables: tuple[Plan, ...] = tuple(Plan("8 H100", model, 8, mixes, (0.7, 1.0, 1.3), few[model], 90.0, lower_max=0) for model in few)
+        seeds, duration_s, flips = (1, 1), 90.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
+    elif quick:
+        tables = (Plan("8 H100", "Llama-3.1-8B", 8, mixes[1:5], (0.7, 1.0), FEW, 60.0, lower_max=1),)
         seeds, duration_s, flips = (1, 1), 60.0, "nitsum@free,nitsum,nitsum@5s,nitsum@60s,static-partition"
     else:
         tables = tuple(Plan("8 H100", model, 8, mixes, grid, EVERY, 300.0, (2, 4)) for model in ("Llama-3.1-8B", "Qwen3-32B"))
@@ -100,7 +104,7 @@ def plans(quick: bool) -> tuple[tuple[Plan, ...], Plan, Plan]:
         tables += tuple(Plan("64 H100", model, 64, mixes[:4], (0.7, 1.0, 1.2), few[model], 90.0) for model in few)
         seeds, duration_s, flips = (2, 4), 300.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
     even = Plan(
-        "Break-even", "Llama-3.1-8B", 8, ("chat+agents", "all four")[: 1 if quick else 2], (1.0,), flips, duration_s, seeds, lower_max=0
+        "Break-even", "Llama-3.1-8B", 8, ("fast+bulk", "all four")[: 1 if quick else 2], (1.0,), flips, duration_s, seeds, lower_max=0
     )
     ladder = Plan("The ladder", "Qwen3-14B", 8, ("chat+long",) if quick else mixes, (1.0,), LADDER, duration_s, seeds, lower_max=0)
     return tables, even, ladder

@@ -37,13 +37,13 @@ SHARED = 0.75
 """Power of the number of groups by which the wait for prefill falls; 1 if routers saw all there is to do."""
 SPREAD, CONVEX, TAIL, MIXED_TAIL = 1.35, 0.8, 1.5, 1.1
 """Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
-MARGIN = 0.93
+MARGIN = 0.9
 """Of the rate found: the simulated engine's is rarely lower then."""
 Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
 STEPS_GAP = 2e-4
 """Relative, of the share of prefill steps."""
-BUSY_MAX = 0.85
+BUSY_MAX, MIXED_BUSY_MAX = 0.85, 0.92
 """Share of the time that prefill may take: above it a little more load makes a long queue."""
 Points = tuple[tuple[float, float], ...]
 """(value, share of requests)"""
@@ -319,7 +319,7 @@ class Group:
             if tpot_ms is not None and batch > sized * 1.1 + 1:
                 token, delay = self._mixed(batch, tpot_ms)
                 own, stall, sized = token * self._tokens + extra, max(delay * self._tokens + extra, 1e-6), batch
-            if r * (own if mixed else stall) >= BUSY_MAX:
+            if r * (own if mixed else stall) >= (MIXED_BUSY_MAX if mixed else BUSY_MAX):
                 return stuck("prefill", 1.0)
             decode = self.decode(1 + batch)  # a request sees itself and, on average, what runs at an instant
             prefills, steps = self._steps(r, decode, stall, fixed)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nitsum.governor import CHUNK_MIN, Room, batch_max, prefill_budget, room, step_budget
+from nitsum.governor import CHUNK_MIN, LUMP, MEAN, Room, batch_max, depth, prefill_budget, room, sizes, step_ms
 from nitsum.perf.profile import Profile, load_shipped, parse, shipped
 
 PROFILES = [load_shipped(name) for name in shipped()]
@@ -106,10 +106,25 @@ def test_no_target_no_budget_and_the_issues_own_figure() -> None:
 )
 def test_as_many_run_as_keep_up_with_their_own_prefill_within_tpot(tp: int, prompt: int, output: int, tpot_ms: float) -> None:
     model, ctx = load_shipped("llama-3.1-8b-instruct.h100_sxm"), prompt + output // 2
-    b = batch_max(model, tp, prompt, output, tpot_ms, 10**6)
-    chunk = step_budget(model, tp, b, ctx, tpot_ms)
-    assert model.mixed_ms(tp, max(round(b * prompt / output), 1), b, ctx) <= tpot_ms
-    assert model.mixed_ms(tp, chunk, b, ctx) <= tpot_ms or chunk == CHUNK_MIN
+    b, chunk = sizes(model, tp, prompt, output, tpot_ms, 10**6)
+    assert chunk > CHUNK_MIN
+
+    def ms(batch: int) -> float:
+        part = round(batch * prompt / output)
+        return step_ms(model, tp, part, batch, ctx, depth(prompt, part))
+
+    assert ms(b) <= tpot_ms
+    assert step_ms(model, tp, chunk, b, ctx, depth(prompt, chunk)) <= tpot_ms * 1.01
     assert chunk >= b * prompt / output - 16, "prefill falls behind"
-    assert model.mixed_ms(tp, round((b + 1) * prompt / output), b + 1, ctx) > tpot_ms, "one more would fit"
+    assert ms(b + 1) > tpot_ms, "one more would fit"
     assert batch_max(model, tp, prompt, output, tpot_ms, prompt + output) == 1, "KV"
+
+
+def test_where_no_prefill_fits_into_a_step_it_comes_in_few_longer_ones() -> None:
+    """A 32B at TP2 decodes in 14 ms and takes 16.5 for any step with prefill: under a TPOT of 16 ms the mean holds, not each step."""
+    model, prompt, output, tpot_ms = load_shipped("qwen3-32b.h100_sxm"), 120.0, 50.0, 16.0
+    b, chunk = sizes(model, 2, prompt, output, tpot_ms, 10**6)
+    long, alone = step_ms(model, 2, chunk, b, 145, depth(prompt, chunk)), model.decode_ms(2, b, 145)
+    assert tpot_ms < long <= LUMP * tpot_ms
+    assert alone + b * prompt / output / chunk * (long - alone) <= MEAN * tpot_ms
+    assert b > 8

@@ -287,4 +287,4 @@ def test_the_oracle_is_never_below_nitsum() -> None:
     t = traffic({"strict": 40, "loose": 60}, "10s")
     done = compare.run(("nitsum", "oracle"), s, t)
     assert metrics.met_all(s.pool, done.results["oracle"]) >= metrics.met_all(s.pool, done.results["nitsum"])
-    assert "best of 4 in hindsight" in done.results["oracle"].note
+    assert "best of 5 in hindsight" in done.results["oracle"].note

@@ -172,11 +172,9 @@ def serve(
     if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = _best(asked)
         parts = _short(asked, chosen) and _apart(asked, best) and not _apart(asked, chosen)
-        if parts or anew:
-            better = best.score > (APART if parts else 1.0) * chosen.score
-        else:
-            better = wins(asked, best, chosen, gain_min)
-        chosen = best if better else chosen
+        earns_more = best.score > (APART if parts else 1.0) * chosen.score
+        if earns_more if parts or anew else wins(asked, best, chosen, gain_min):
+            chosen = best
     counts = dict(chosen.counts)
     for c, tp_size in enumerate(tps):
         idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)

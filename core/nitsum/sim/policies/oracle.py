@@ -1,7 +1,7 @@
 """`oracle`: our planner where switches are free and keep KV, told the true demand of the coming window; the best in hindsight.
 
 What it searches: true demand of windows of FORESIGHT_S, planned with and without headroom, and the estimated demand that `nitsum` has;
-and `nitsum` itself, so that it bounds it. Its plans are our planner's: a better planner would find better ones.
+`nitsum` itself, and the best static partition, so that it bounds both. Its plans are our planner's: a better one would find better ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from nitsum.pool import AdaptationMode
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.fleet import Fleet
 from nitsum.sim.metrics import met_all
-from nitsum.sim.policies import Policy, governed
+from nitsum.sim.policies import Policy, governed, partition
 from nitsum.sim.policies.registry import FixedPause, Setting, build, keeping
 from nitsum.sim.result import RunResult
 
@@ -34,10 +34,15 @@ def _candidates(s: Setting) -> Iterator[tuple[str, Policy]]:
 def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: str = NAME) -> RunResult:
     results: list[tuple[int, str, RunResult]] = []
     runs = list(_candidates(s))
+
+    def passed(at: float) -> None:
+        progress((len(results) * traffic.duration_s + at) / (len(runs) + 1))
+
     for told, policy in runs:
-        done = len(results)
-        result = Fleet(policy, s.nodes, s.model, traffic).run(lambda at, done=done: progress((done * traffic.duration_s + at) / len(runs)))  # type: ignore[misc]
+        result = Fleet(policy, s.nodes, s.model, traffic).run(passed)
         results.append((met_all(s.pool, result), told, result))
+    bound = partition.best(s, traffic, passed)
+    results.append((met_all(s.pool, bound), f"nothing, and nothing changed: {bound.note}", bound))
     _, told, result = max(results, key=lambda r: r[0])
     note = f"our planner, switches free and KV kept; the best of {len(results)} in hindsight: told {told}; its search is our planner's"
     return replace(result, policy=name, note=note)
