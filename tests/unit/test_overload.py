@@ -1,0 +1,90 @@
+"""What a planner does where not all demand can be served, and what it keeps resident."""
+
+from dataclasses import replace
+
+import pytest
+
+from nitsum.demand import TierDemand
+from nitsum.layout import Group, Layout, TierShare
+from nitsum.perf.memory import worth_residing
+from nitsum.perf.profile import Profile, load_shipped
+from nitsum.planner import NodeView, PlannerSettings, Snapshot
+from nitsum.planner.capacity import Capacity
+from nitsum.planner.fast import FastPlane
+from nitsum.planner.problem import Class, Kind, Problem, Want, value
+from nitsum.planner.question import ask
+from nitsum.planner.slow import SlowPlane, gain_asked
+from nitsum.pool import Pool, Tier
+from nitsum.topology import Gpu, Node
+
+H100 = load_shipped("llama-3.1-8b-instruct.h100_sxm")
+NODE = Node("a", tuple(Gpu(i, f"g{i}") for i in range(8)), legal_tp={"m": (1, 2, 4, 8)})
+STRICT, LONG = Tier("strict", 500.0, 10.0, default=True), Tier("long", 10_000.0, 40.0)
+
+
+def snapshot(tiers: tuple[Tier, ...], demand: tuple[TierDemand, ...], view: NodeView, profile: Profile = H100) -> Snapshot:
+    return Snapshot((Pool("default/p", "u", "m", tiers, 8),), (view,), demand, {"default/p": profile}, {"default/p": profile})
+
+
+def test_a_wide_group_does_what_it_is_better_at_by_most() -> None:
+    """TP4 is better than TP1 at both tiers, but for bulk four TP1 on its GPUs would be far better."""
+    bulk, both = Kind("p", 1, ("bulk",), (22.7,)), Kind("p", 4, ("fast", "bulk"), (25.8, 32.6))
+    wants = (Want("p", "fast", 33.6, 0.95, 1.0), Want("p", "bulk", 100.7, 0.95, 1.0))
+    asked = Problem(wants, (bulk, both), (Class(4, 1, frozenset("p"), {1: 1}), Class(1, 4, frozenset("p"), {4: 1})), {"p": 8})
+    answer = value(asked, {(0, 0): 4, (1, 1): 1}, "test")
+    assert answer.flows[1, "fast"] > 20
+    assert answer.served["p", "bulk"] > 90
+
+
+def running(*widths: int) -> NodeView:
+    """Groups that serve both tiers."""
+    groups, first = [], 0
+    for tp in widths:
+        name = f"default.p-tp{tp}-{first}"
+        uuids = tuple(f"g{i}" for i in range(first, first + tp))
+        groups.append(Group(name, name, "default/p", "m", tp, uuids, shares=(TierShare("strict", 0.9), TierShare("long", 0.1))))
+        first += tp
+    return NodeView(NODE, layout=Layout(tuple(groups)), reported_at=0.0)
+
+
+def test_what_comes_of_a_tier_that_gets_hardly_any_capacity_goes_to_one_group_and_is_capped_there() -> None:
+    demand = (
+        TierDemand("default/p", "strict", 99.0, 2.5, 1.0, 1240, 2500, 205, 420, observed_at=0.0),
+        TierDemand("default/p", "long", 11.0, 0.8, 1.2, 11_600, 27_000, 330, 600, observed_at=0.0),
+    )
+    plan = FastPlane(Capacity(governed=True))(snapshot((STRICT, LONG), demand, running(1, 1, 1, 1, 1, 1, 2)), 0.0)
+    shares = [{s.tier: s for s in g.shares} for g in plan.nodes[0].layout.groups]
+    assert all(of["strict"].share > 0.9 for of in shares)
+    taken_in = [of["long"] for of in shares if of.get("long", TierShare("long", 0.0)).share > 0]
+    assert len(taken_in) == 1
+    assert taken_in[0].max_running == 1, "eleven requests/s of 12,000 tokens would break what the group holds"
+    outlook = {t.tier: t for t in plan.pools[0].tiers}
+    assert not outlook["long"].feasible
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("qwen3-32b.h100_sxm", (2, 4, 8)), ("llama-3.1-8b-instruct.h100_sxm", (1, 2, 4, 8)), ("qwen3-32b.h200_sxm", (1, 2, 4, 8))],
+)
+def test_a_tp_whose_weights_take_the_others_kv_is_not_resident(name: str, kept: tuple[int, ...]) -> None:
+    profile = load_shipped(name)
+    assert worth_residing(profile, (1, 2, 4, 8)) == kept
+    assert worth_residing(profile, (1,)) == (1,), "the only one is kept"
+    demand = (TierDemand("default/p", "strict", 5.0, 1.0, 1.0, 500, 1000, 100, 200, observed_at=0.0),)
+    plan = SlowPlane(capacity=Capacity(governed=True))(
+        snapshot((replace(STRICT, tpot_ms=40.0),), demand, NodeView(NODE, reported_at=0.0), profile), 0.0
+    )
+    assert {e.tp_size for e in plan.nodes[0].residency.engines} == set(kept)
+    assert ("not kept resident" in " ".join(plan.pools[0].reasons)) == (kept != (1, 2, 4, 8))
+
+
+def test_what_is_asked_of_a_change_falls_with_the_time_that_a_layout_has_stood() -> None:
+    settings = PlannerSettings(dwell_s=30.0, gain_min=0.05)
+
+    def asked(flipped: float | None, now: float) -> float:
+        s = replace(snapshot((STRICT,), (), replace(running(8), last_flip_at=flipped)), settings=settings)
+        return gain_asked(ask(s.pools[0], s), s, now)
+
+    assert asked(100.0, 100.0) == pytest.approx(0.05)
+    assert 0.02 < asked(100.0, 130.0) < 0.05
+    assert asked(100.0, 160.0) == asked(None, 0.0) == pytest.approx(0.02)
