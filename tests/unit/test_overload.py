@@ -49,7 +49,7 @@ def running(*widths: int) -> NodeView:
 
 def test_what_comes_of_a_tier_that_gets_hardly_any_capacity_goes_to_one_group_and_is_capped_there() -> None:
     demand = (
-        TierDemand("default/p", "strict", 99.0, 2.5, 1.0, 1240, 2500, 205, 420, observed_at=0.0),
+        TierDemand("default/p", "strict", 99.0, 2.5, 1.0, 1240, 4093, 205, 420, observed_at=0.0),
         TierDemand("default/p", "long", 11.0, 0.8, 1.2, 11_600, 27_000, 330, 600, observed_at=0.0),
     )
     plan = FastPlane(Capacity(governed=True))(snapshot((STRICT, LONG), demand, running(1, 1, 1, 1, 1, 1, 2)), 0.0)
