@@ -207,8 +207,9 @@ def _not_json(name: str) -> None:
 STREAMED_ERROR = b'data: {"error"'
 
 
-def _streamed_error(chunk: bytes) -> JSONResponse:
-    text = chunk.split(b"\n", 1)[0].removeprefix(b"data: ").decode(errors="replace")
+def _streamed_error(line: bytes) -> JSONResponse:
+    """From the line by which a front ends a stream; no text of a model looks like it, for JSON escapes its quotes."""
+    text = line.split(b"\n", 1)[0].removeprefix(b"data: ").decode(errors="replace")
     try:
         status = int(json.loads(text)["error"]["code"])
     except (ValueError, KeyError, TypeError):
@@ -216,11 +217,29 @@ def _streamed_error(chunk: bytes) -> JSONResponse:
     return _openai_error(status if 400 <= status < 600 else 500, text)
 
 
+def _scrubbed(data: bytes) -> tuple[bytes, bytes]:
+    """What may go to the client, and the start of a line that may yet turn out to be an error."""
+    whole, end, rest = data.rpartition(b"\n")
+    if not (rest.startswith(STREAMED_ERROR) or STREAMED_ERROR.startswith(rest)):
+        whole, end, rest = data, b"", b""
+    if STREAMED_ERROR in whole:
+        lines = whole.split(b"\n")
+        whole = b"\n".join(b"data: " + bytes(_streamed_error(x).body) if x.startswith(STREAMED_ERROR) else x for x in lines)
+    return whole + end, rest
+
+
 async def _chunks(answer: httpx.Response, first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """As they come; an error after the first token loses its internals like any other, but the status is spent."""
+    stream = answer.headers.get("content-type", "").startswith("text/event-stream")
     try:
-        yield first
+        ready, held = _scrubbed(first) if stream else (first, b"")
+        yield ready
         async for chunk in chunks:
-            yield chunk
+            ready, held = _scrubbed(held + chunk) if stream else (chunk, b"")
+            if ready:
+                yield ready
+        if held:
+            yield _scrubbed(held + b"\n")[0]
     except httpx.HTTPError:  # the front died: no [DONE], so the client knows that this is not the end
         broken = {"message": "the stream broke; send the request again", "type": "server_error", "param": None, "code": "stream_broken"}
         yield b"data: " + json.dumps({"error": broken}).encode() + b"\n\n"

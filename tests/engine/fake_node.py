@@ -31,6 +31,8 @@ class FakeNode(node_pb2_grpc.NodeServiceServicer):
     move_after: int = 0
     """Ends each stream as moved after this many of its tokens, to the successor `to`, once a stream; 0: never."""
     to: str = ""
+    fail_after: int = 0
+    """Ends each stream with an error that names its machine after this many of its tokens; 0: never."""
     refuse: Any = None
     """Refused reason for every submission after the first `refuse_after`."""
     refuse_after: int = 0
@@ -108,6 +110,9 @@ class FakeNode(node_pb2_grpc.NodeServiceServicer):
                 delta.finish.kind = Finish.KIND_LENGTH
             elif self.longest and total >= self.longest:
                 delta.finish.kind = Finish.KIND_STOP
+            elif self.fail_after and total >= self.fail_after:
+                text = 'File "/usr/lib/sglang/scheduler.py", line 7, on 10.0.0.3:7444'
+                delta.finish.CopyFrom(Finish(kind=Finish.KIND_ERROR, status_code=500, message=text))
             elif self.move_after and not s.resume_k and made == self.move_after:
                 delta.finish.CopyFrom(
                     Finish(kind=Finish.KIND_MOVED, successors=[node_pb2.Successor(group_id=self.to or self.group_id, epoch=self.epoch)])

@@ -214,6 +214,20 @@ async def test_refusals_reach_the_client_as_openai_errors(gateway: Gateway) -> N
         assert r.json()["error"]["code"] == "context_length_exceeded"
 
 
+async def test_an_error_after_the_first_token_names_nothing_of_ours(gateway: Gateway) -> None:
+    node = await FakeNode(gateway.folder / "host", fail_after=4).start()
+    await use(gateway, node)
+    async with gateway.client() as client:
+        for path, body in (CHAT, COMPLETION):
+            async with client.stream("POST", path, json={"model": MODEL, **body, "stream": True}) as r:
+                assert r.status_code == 200
+                lines = [line async for line in r.aiter_lines() if line]
+            errors = [json.loads(x[6:])["error"] for x in lines if x.startswith('data: {"error"')]
+            assert [e["message"] for e in errors] == ["the server failed on this request"], lines
+            assert len(lines) > 3
+            assert lines[-1] == "data: [DONE]", "SGLang ends such a stream so"
+
+
 async def test_bad_requests(gateway: Gateway) -> None:
     node = await FakeNode(gateway.folder / "host").start()
     await use(gateway, node)

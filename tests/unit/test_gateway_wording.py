@@ -1,6 +1,9 @@
 """What a front's errors become: made as SGLang makes them, from FastAPI's and pydantic's own exceptions."""
 
+import asyncio
+import itertools
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -108,3 +111,48 @@ def test_whatever_stands_around_it(status: int, before: str, after: str) -> None
     message, _ = public(status, f'{before}  File "/usr/lib/sglang/http_server.py", line 1870, in f custom_params{after}')
     assert "sglang" not in message
     assert "custom_params" not in message
+
+
+class Answer:
+    """A front's stream."""
+
+    def __init__(self, kind: str) -> None:
+        self.headers = {"content-type": kind}
+
+    async def aclose(self) -> None:
+        pass
+
+
+SPOKEN = 'data: {"choices": [{"text": "data: {\\"error\\": 1}"}]}\n\n'
+LEAK = 'data: {"error": {"message": "node a-1: ended the stream: ipv4:10.0.0.3:7444 (/usr/lib/x/y.py)", "code": 503}}\n\n'
+
+
+async def relayed(parts: list[bytes], kind: str = "text/event-stream") -> bytes:
+    async def chunks() -> AsyncIterator[bytes]:
+        for c in parts[1:]:
+            yield c
+
+    answer: Any = Answer(kind)
+    return b"".join([c async for c in dispatcher._chunks(answer, parts[0], chunks())])
+
+
+@given(st.lists(st.integers(0, 400), max_size=6))
+def test_an_error_in_the_middle_of_a_stream_is_scrubbed_however_it_is_cut(cuts: list[int]) -> None:
+    sent = (SPOKEN + LEAK + "data: [DONE]\n\n").encode()
+    at = [0, *sorted(min(c, len(sent)) for c in cuts), len(sent)]
+    parts = [sent[a:b] for a, b in itertools.pairwise(at)]
+    got = asyncio.run(relayed(parts)).decode()
+    assert got.startswith(SPOKEN), "what a model says is not touched"
+    assert got.endswith("\n\ndata: [DONE]\n\n")
+    [line] = [x for x in got.splitlines() if x.startswith('data: {"error"')]
+    assert "10.0.0.3" not in line
+    wanted = {"message": "the pool cannot serve this request now", "type": "service_unavailable", "param": None, "code": None}
+    assert json.loads(line[6:])["error"] == wanted
+    assert asyncio.run(relayed(parts, "application/json")) == sent
+
+
+def test_a_stream_that_is_cut_off_inside_an_error_shows_nothing_of_it() -> None:
+    got = asyncio.run(relayed([SPOKEN.encode(), LEAK[:80].encode()])).decode()
+    assert "ipv4" in LEAK[:80]
+    assert "ipv4" not in got
+    assert '"the server failed on this request"' in got
