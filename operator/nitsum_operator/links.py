@@ -23,11 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Endpoint:
-    """`host:port` of a peer; `node_address` is the node data port beside an agent."""
+    """`host:port` of a peer; `node_address` is the node data port beside an agent. `node_name` and `pod` are Kubernetes' own word."""
 
     address: str
     node_name: str = ""
     node_address: str = ""
+    pod: str = ""
 
 
 def endpoints(slices: list[Any], port_name: str) -> tuple[Endpoint, ...]:
@@ -40,17 +41,34 @@ def endpoints(slices: list[Any], port_name: str) -> tuple[Endpoint, ...]:
                 host = f"[{a}]" if ":" in a else a
                 if ports.get(port_name):
                     node = f"{host}:{ports['node']}" if ports.get("node") else ""
-                    found.add(Endpoint(f"{host}:{ports[port_name]}", e.node_name or "", node))
+                    pod = e.target_ref.name if e.target_ref is not None and e.target_ref.kind == "Pod" else ""
+                    found.add(Endpoint(f"{host}:{ports[port_name]}", e.node_name or "", node, pod or ""))
     return tuple(sorted(found))
 
 
-class Mismatch(Exception):
-    """The peer speaks another contract version."""
+class LeftAlone(Exception):
+    """The peer speaks another contract version, or claims to be another one."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
-def _trouble(e: grpc.aio.AioRpcError | Mismatch) -> tuple[Reason, str]:
-    if isinstance(e, Mismatch):
-        return Reason.CONTRACT_VERSION_MISMATCH, str(e)
+def claims_another(endpoint: Endpoint, agent: agent_pb2.DescribeResponse) -> str:
+    """What an agent says of itself and its EndpointSlice does not; empty where they agree, or the slice says nothing.
+
+    A certificate cannot tell: all agents have one Secret, so it names the role alone.
+    """
+    if endpoint.node_name and agent.node_name and agent.node_name != endpoint.node_name:
+        return f"says that it runs on Node {agent.node_name!r}, its EndpointSlice says {endpoint.node_name!r}"
+    if endpoint.pod and agent.agent_id != endpoint.pod:
+        return f"says that it is agent {agent.agent_id!r}, its EndpointSlice says Pod {endpoint.pod!r}"
+    return ""
+
+
+def _trouble(e: grpc.aio.AioRpcError | LeftAlone) -> tuple[Reason, str]:
+    if isinstance(e, LeftAlone):
+        return e.reason, str(e)
     details = e.details() or ""
     refused = e.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
     # gRPC reports a failed handshake as UNAVAILABLE; only its words tell it from a peer that is away.
@@ -105,7 +123,7 @@ class Link:
                     if self.role == "gateway":
                         self.reports = [*self.reports[-63:], answer.report]
                 self.problem = "ended its report stream"
-            except (grpc.aio.AioRpcError, Mismatch) as e:
+            except (grpc.aio.AioRpcError, LeftAlone) as e:
                 self.trouble, text = _trouble(e)
                 if text != self.problem:
                     log.warning("%s %s: %s", self.role, self.endpoint.address, text)
@@ -118,7 +136,10 @@ class Link:
         if described.contract_version != CONTRACT_VERSION:
             self.described = self.report = None  # what it says is not understood, so it is left alone
             text = f"speaks contract {described.contract_version!r}, this operator {CONTRACT_VERSION!r}; bring both to one release"
-            raise Mismatch(text)
+            raise LeftAlone(Reason.CONTRACT_VERSION_MISMATCH, text)
+        if self.role == "agent" and (text := claims_another(self.endpoint, described)):
+            self.described = self.report = None
+            raise LeftAlone(Reason.WRONG_IDENTITY, text)
         self.described, self.problem = described, ""
 
 

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -10,7 +11,7 @@ import pytest
 
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
-from nitsum_operator.links import Endpoint, Link
+from nitsum_operator.links import Endpoint, Link, endpoints
 
 
 class Agent(agent_pb2_grpc.AgentServiceServicer):
@@ -20,10 +21,13 @@ class Agent(agent_pb2_grpc.AgentServiceServicer):
         self.gpus: list[str] = []
         self.version = CONTRACT_VERSION
         self.described = 0
+        self.node = ""
 
     async def Describe(self, request: Any, context: Any) -> agent_pb2.DescribeResponse:
         self.described += 1
-        return agent_pb2.DescribeResponse(contract_version=self.version, agent_id="n", gpus=[agent_pb2.Gpu(uuid=u) for u in self.gpus])
+        return agent_pb2.DescribeResponse(
+            contract_version=self.version, agent_id="n", node_name=self.node, gpus=[agent_pb2.Gpu(uuid=u) for u in self.gpus]
+        )
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[agent_pb2.WatchResponse]:
         while self.version == CONTRACT_VERSION:
@@ -78,3 +82,34 @@ async def test_an_agent_of_another_contract_is_left_alone_until_it_speaks_ours(p
     assert "bring both to one release" in link.problem
     agent.version = CONTRACT_VERSION
     await until(lambda: link.report is not None and not link.problem)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "problem"),
+    [
+        (Endpoint("n:1", "other"), "says that it runs on Node 'here', its EndpointSlice says 'other'"),
+        (Endpoint("n:1", "here", pod="agent-x"), "says that it is agent 'n', its EndpointSlice says Pod 'agent-x'"),
+    ],
+)
+async def test_an_agent_that_claims_to_be_another_is_left_alone(pair: tuple[Agent, Link], endpoint: Endpoint, problem: str) -> None:
+    """Its certificate is as good as theirs."""
+    agent, link = pair
+    agent.node = "here"
+    await until(lambda: link.report is not None)
+    link.endpoint, agent.version = endpoint, "nitsum.v99"
+    await until(lambda: link.trouble == "ContractVersionMismatch")
+    agent.version = CONTRACT_VERSION
+    await until(lambda: link.trouble == "WrongIdentity")
+    assert (link.described, link.report, link.problem) == (None, None, problem)
+    link.endpoint = Endpoint("n:1", "here", pod="n")
+    await until(lambda: link.report is not None and not link.problem)
+
+
+def test_endpoints_name_pod_and_node_as_kubernetes_does() -> None:
+    def endpoint(kind: str) -> Any:
+        return SimpleNamespace(addresses=["10.0.0.1"], node_name="n1", target_ref=SimpleNamespace(kind=kind, name="agent-x"))
+
+    ports = [SimpleNamespace(name="agent", port=7443), SimpleNamespace(name="node", port=7444)]
+    for kind, pod in (("Pod", "agent-x"), ("Node", "")):
+        slices: list[Any] = [SimpleNamespace(ports=ports, endpoints=[endpoint(kind)])]
+        assert endpoints(slices, "agent") == (Endpoint("10.0.0.1:7443", "n1", "10.0.0.1:7444", pod),)
