@@ -23,6 +23,10 @@ def _read_at(fact: agent_pb2.ModelFacts, source: types_pb2.ModelSource) -> agent
     return found
 
 
+def _fresh(link: Link) -> bool:
+    return link.heard_at is not None and time.monotonic() - link.heard_at < LOST_AFTER_S
+
+
 @dataclass
 class Fleet:
     """`agents` by agent id. A lost one stays, and its GPUs count as used, until its Node is deleted or tainted out of service."""
@@ -44,7 +48,8 @@ class Fleet:
     def observe(self, links: Iterable[Link], store: Store) -> list[Agent]:
         """The agents that report now."""
         links = list(links)
-        seen = [self._heard(link, store) for link in links if link.described is not None and link.report is not None]
+        heard, twice = self._once([link for link in links if link.described is not None and link.report is not None])
+        seen = [self._heard(link, store) for link in heard]
         answering = {a.agent_id for a in seen if a.connected}
         uuids = {g.uuid for a in seen if a.connected for g in a.described.gpus}
         self._gone -= answering
@@ -57,19 +62,35 @@ class Fleet:
             (str(link.trouble), f"{link.endpoint.address}: {link.problem}")
             for link in links
             if link.problem and link.described is None and link.endpoint.address not in known
+        ) + tuple(
+            (str(Reason.WRONG_IDENTITY), f"{link.endpoint.address}: says that it is agent {link.described.agent_id!r}, as another does")
+            for link in twice
         )
         return seen
+
+    def _once(self, links: list[Link]) -> tuple[list[Link], list[Link]]:
+        """One link for each agent id, and the others: where two claim one, it is who had it before and still reports."""
+
+        def rank(link: Link) -> tuple[bool, bool]:
+            known = self.agents.get(link.described.agent_id)
+            had = known is not None and known.link is not None and known.link.endpoint.address == link.endpoint.address
+            return not _fresh(link), not had
+
+        first: dict[str, Link] = {}
+        for link in sorted(links, key=rank):
+            first.setdefault(link.described.agent_id, link)
+        return [k for k in links if first[k.described.agent_id] is k], [k for k in links if first[k.described.agent_id] is not k]
 
     def _heard(self, link: Link, store: Store) -> Agent:
         d, report = link.described, link.report
         name = d.node_name or link.endpoint.node_name
         labels = {**store.nodes.get(name, {}), "nitsum.io/node-group": d.node_group}
-        fresh = link.heard_at is not None and time.monotonic() - link.heard_at < LOST_AFTER_S
+        fresh = _fresh(link)
         trouble = link.trouble if link.problem else Reason.STALE_REPORTS
-        address = d.node_address or link.endpoint.node_address
+        address = link.endpoint.node_address or d.node_address
         problem = link.problem or ("" if fresh else f"no report for {LOST_AFTER_S:g} s")
         self.agents[d.agent_id] = agent = Agent(
-            d.agent_id, d, report, labels, fresh, address, link, problem, trouble, name in store.cordoned
+            d.agent_id, d, report, labels, fresh, address, link, problem, trouble, name in store.cordoned, name in store.draining
         )
         return agent
 

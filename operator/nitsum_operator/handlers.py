@@ -13,14 +13,19 @@ OUT_OF_SERVICE = "node.kubernetes.io/out-of-service"
 """The taint by which people say that a lost node holds nothing any more."""
 
 
+DRAIN = "nitsum.io/drain"
+"""The taint by which people empty a node that works, e.g. `kubectl taint node n nitsum.io/drain=:NoSchedule`; it comes back without it."""
+
+
 class Store:
-    """Newest body of every pool, the labels of every node, and which nodes are tainted out of service."""
+    """Newest body of every pool, the labels of every node, and which nodes are tainted or cordoned."""
 
     def __init__(self) -> None:
         self.pools: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, dict[str, str]] = {}
         self.out_of_service: set[str] = set()
         self.cordoned: set[str] = set()
+        self.draining: set[str] = set()
         self.events = 0
         """Grows with everything that the watches bring: what was listed before is older."""
 
@@ -34,8 +39,11 @@ class Store:
     def saw_node(self, name: str, labels: Mapping[str, str], taints: Iterable[str], cordoned: bool = False) -> None:
         self.lost_node(name)
         self.nodes[name] = dict(labels)
+        taints = set(taints)
         if OUT_OF_SERVICE in taints:
             self.out_of_service.add(name)
+        if DRAIN in taints:
+            self.draining.add(name)
         if cordoned:
             self.cordoned.add(name)
 
@@ -44,6 +52,7 @@ class Store:
         self.nodes.pop(name, None)
         self.out_of_service.discard(name)
         self.cordoned.discard(name)
+        self.draining.discard(name)
 
     @property
     def highest_term(self) -> int:

@@ -48,6 +48,10 @@ def node_status(agent: Agent, before: Mapping[str, Any], now: str) -> NodeStatus
     )
     if r.groups and not opened:
         serving = ("False", Reason.AWAITING_ENGINES, "Engines are being started.")
+    elif not opened and agent.leaving:
+        serving = ("False", Reason.DRAINING, "Its Node is tainted nitsum.io/drain: nothing is placed here.")
+    elif agent.cordoned and not agent.leaving:
+        serving = (*serving[:2], f"{serving[2]} Its Node is cordoned: nothing is added or changed.")
     rows = {NodeCondition.CONNECTED: connected, NodeCondition.SERVING: serving}
     return NodeStatus(
         address=agent.node_address,
@@ -58,7 +62,7 @@ def node_status(agent: Agent, before: Mapping[str, Any], now: str) -> NodeStatus
         applied_generation=r.applied_generation,
         applied_operation_id=r.applied_operation_id,
         problem=r.problem[:1024],
-        draining=r.draining,
+        draining=r.draining or agent.leaving,
         layout=describe(g.tp_size for g in opened),
         gpu_count=len(d.gpus),
         gpus=[GpuStatus(uuid=g.uuid, index=g.index, type=g.type, memory_bytes=g.memory_bytes, island=g.island) for g in d.gpus[:PARTS_MAX]],

@@ -32,6 +32,8 @@ class Agent:
     """What kind of problem, while it is not connected."""
     cordoned: bool = False
     """Its Node is unschedulable: what it runs stays, nothing is added or changed."""
+    leaving: bool = False
+    """Its Node is tainted to be drained: what it runs goes elsewhere, where there is an elsewhere."""
 
     inspected: dict[tuple[str, bytes], agent_pb2.ModelFacts] = field(default_factory=dict)
     """By model and source: what it read when it was asked."""

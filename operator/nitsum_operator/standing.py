@@ -69,7 +69,7 @@ class Standing:
 
     def _ready(self) -> Row:
         if self.judged.accepted is None:
-            return "False", Reason.NOT_ACCEPTED, "The spec was never accepted; see Accepted."
+            return "False", Reason.NOT_ACCEPTED, "No spec was accepted yet; see Accepted."
         if self.opened:
             return "True", Reason.SERVING, f"{self.opened} of {len(self.groups)} groups serve."
         if not self.agents:
@@ -88,6 +88,8 @@ class Standing:
                 return "True", a.trouble, f"{a.agent_id}: {a.problem or 'no report'}; its GPUs count as used."
             if a.report.draining:
                 return "True", Reason.DRAINING, f"{a.agent_id} is draining."
+            if a.leaving and a.report.groups:
+                return "True", Reason.DRAINING, f"{a.agent_id}: its Node is tainted nitsum.io/drain; what it runs goes elsewhere."
             if self.rejections.get(a.agent_id):
                 return "True", Reason.DIRECTIVE_REJECTED, f"{a.agent_id}: {self.rejections[a.agent_id]}"
             if not a.report.host_connected:

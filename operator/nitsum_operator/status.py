@@ -168,7 +168,8 @@ def plan_status(
     operations = " ".join(sorted(seen.operations[i] for i in nodes if i in seen.operations))[:128] or None
     if _changes(before.get("operationId")) == _changes(operations):
         operations = before.get("operationId")  # only limits were sent anew
-    keep = not changed and bool(before.get("reasons")) and verdict is Verdict.KEEP
+    # Why this layout: said when it was decided. What holds it back while it is carried out, e.g. its own flip, is no reason for it.
+    keep = not changed and bool(before.get("reasons")) and Verdict.BLOCKED.value not in (verdict.value, before.get("verdict"))
     return PlanStatus(
         id=mark,
         generation=before.get("generation", 0) + 1 if changed else before.get("generation", 1),

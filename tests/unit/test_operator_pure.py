@@ -14,7 +14,8 @@ import nitsum_operator
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Capacity, Group, Layout, TierShare
 from nitsum.perf.profile import shipped
-from nitsum.planner.types import NodePlan, Plan, PlannerSettings, PoolPlan, TierOutlook
+from nitsum.planner.planes import Planes
+from nitsum.planner.types import NodePlan, Plan, PlannerSettings, PoolPlan, TierOutlook, Verdict
 from nitsum.residency import Residency, ResidentEngine
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.conditions import PoolCondition, Reason
@@ -29,11 +30,12 @@ from nitsum_operator.drift import drifted
 from nitsum_operator.execute import Executor, digest, directive, group_proto, named
 from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
-from nitsum_operator.handlers import OUT_OF_SERVICE, Store
+from nitsum_operator.handlers import DRAIN, OUT_OF_SERVICE, Store
 from nitsum_operator.history import History
 from nitsum_operator.issuer import due
 from nitsum_operator.leader import next_term
 from nitsum_operator.links import Endpoint, Link, Links, endpoints
+from nitsum_operator.nodes import node_status
 from nitsum_operator.observe import Agent, group_from
 from nitsum_operator.plan import decide, snapshot
 from nitsum_operator.remember import lost_agent, spec_in_force
@@ -131,7 +133,7 @@ def test_terms_and_certificates() -> None:
 
 def test_endpoints_sorted_once_with_node_port() -> None:
     ports = [SimpleNamespace(name="agent", port=1), SimpleNamespace(name="node", port=2)]
-    one = SimpleNamespace(ports=ports, endpoints=[SimpleNamespace(addresses=["10.0.0.9"], node_name="n")])
+    one = SimpleNamespace(ports=ports, endpoints=[SimpleNamespace(addresses=["10.0.0.9"], node_name="n", target_ref=None)])
     assert endpoints([one, one], "agent") == (Endpoint("10.0.0.9:1", "n", "10.0.0.9:2"),)
     assert endpoints([one], "gateway") == ()
 
@@ -262,6 +264,32 @@ def test_a_node_that_is_gone_frees_its_gpus_although_its_endpoint_is_still_annou
     assert fleet.agents["n1"].connected, "it came back"
 
 
+def test_who_claims_to_be_another_agent_is_left_alone() -> None:
+    store, fleet = Store(), Fleet()
+    store.saw_node("n1", {}, [])
+    honest, thief = link("n1", "n1", "g0"), link("n1", "n1", "g9")
+    thief.endpoint = Endpoint("10.0.0.9:1", "n1")
+    fleet.observe([honest], store)
+    for links in ([thief, honest], [honest, thief]):
+        fleet.observe(links, store)
+        assert [g.uuid for g in fleet.agents["n1"].described.gpus] == ["g0"], "who had the name keeps it"
+        assert fleet.strangers == (("WrongIdentity", "10.0.0.9:1: says that it is agent 'n1', as another does"),)
+    honest.heard_at = -100.0
+    fleet.observe([honest, thief], store)
+    assert [g.uuid for g in fleet.agents["n1"].described.gpus] == ["g9"], "e.g. it was started anew elsewhere"
+
+
+def test_gateways_are_sent_where_kubernetes_says_that_the_node_is() -> None:
+    fleet = Fleet()
+    found = link("n1", "n1", "g0")
+    found.described.node_address = "10.0.0.66:7444"
+    fleet.observe([found], Store())
+    assert fleet.agents["n1"].node_address == "10.0.0.66:7444", "it is all we know"
+    found.endpoint = Endpoint("10.0.0.1:7443", "n1", "10.0.0.1:7444")
+    fleet.observe([found], Store())
+    assert fleet.agents["n1"].node_address == "10.0.0.1:7444"
+
+
 def test_a_cordoned_node_keeps_what_it_runs_and_gets_nothing_new() -> None:
     accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
     fleet, store = Fleet(), Store()
@@ -280,6 +308,39 @@ def test_a_cordoned_node_keeps_what_it_runs_and_gets_nothing_new() -> None:
     fleet.observe([link("n1", "n1", "g0", "g1", groups=[report]), link("n2", "n2", "g2")], store)
     made = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings()), 0.0)
     assert [sorted(n.layout.gpu_uuids) for n in made.nodes] == [["g0"], ["g2"]], "a budget of two, one of them on the cordoned node"
+
+
+def test_a_node_that_is_to_be_drained_is_emptied_and_comes_back() -> None:
+    accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    fleet, store, planes = Fleet(), Store(), Planes()
+    running = types_pb2.Group(
+        group_id="e", engine_id="e", pool=types_pb2.PoolRef(name="a/p"), model="tiny-llama", tp_size=1, gpu_uuids=["g0"]
+    )
+    report = agent_pb2.GroupReport(group=running, state=types_pb2.GROUP_STATE_OPEN)
+    now = 0.0
+
+    def plan(*links: Link, **n1: Any) -> list[int]:
+        """GPUs that the plan gives to each node."""
+        nonlocal now
+        now += 1.0
+        store.saw_node("n1", {}, **n1)
+        fleet.observe(links, store)
+        made = planes(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings()), now)
+        return [len(n.layout.gpu_uuids) for n in made.nodes]
+
+    full, empty, other = link("n1", "n1", "g0", "g1", groups=[report]), link("n1", "n1", "g0", "g1"), link("n2", "n2", "g2", "g3")
+    assert plan(full, other, taints=[])[0], "it stays where it is"
+    for cordoned in (False, True):  # as `kubectl drain` leaves a node
+        assert plan(full, other, taints=[DRAIN], cordoned=cordoned) == [0, 1], "a budget of two, one of them is not free yet"
+    assert reason(shown(fleet.agents["n1"]), "Degraded") == ("True", "Draining")
+    assert plan(empty, other, taints=[DRAIN]) == [0, 2]
+    assert reason(shown(fleet.agents["n1"]), "Degraded") == ("False", "Healthy"), "it was asked for, and is done"
+    [serving] = [c for c in node_status(fleet.agents["n1"], {}, "2026-01-01T00:00:00Z").conditions or [] if c.type == "Serving"]
+    assert (serving.status, serving.reason) == ("False", "Draining")
+    store.saw_node("n2", {}, [], cordoned=True)
+    assert plan(empty, other, taints=[]) == [2, 0], "it is as good as any other again"
+    store.saw_node("n2", {}, [DRAIN])
+    assert plan(full, other, taints=[DRAIN]) == [1, 0], "there is no other node"
 
 
 def test_what_one_agent_says_wrongly_does_not_stop_the_plan_of_all() -> None:
@@ -344,7 +405,7 @@ def shown(*agents: Agent, before: dict[str, Any] | None = None, plan: PoolPlan |
     assert judgement.accepted is not None
     by_id = {a.agent_id: a for a in agents}
     taken = snapshot(by_id, {"a/p": judgement.accepted}, (), {}, {}, PlannerSettings())
-    made = decide(taken, 0.0) if plan is None else Plan("x", (), (plan,))
+    made = other.pop("made", None) or (decide(taken, 0.0) if plan is None else Plan("x", (), (plan,)))
     seen = Seen(taken, made, by_id, (), Figures(), {}, other.pop("operations", {}), 1, 100.0, **other)
     return pool_status(obj, judgement, seen, before or {}, [], 0)
 
@@ -381,6 +442,22 @@ def test_nothing_is_as_planned_where_nothing_is_planned() -> None:
     good, refused = judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"], judged([pool("p", "2026-01-01T00:00:00Z", profile="none")])["a/p"]
     rows = [Standing(j, None, (), (), (), frozenset(), frozenset(), {}).rows()[PoolCondition.PROGRESSING] for j in (good, refused)]
     assert [row[:2] for row in rows] == [("False", "NoPlanYet"), ("False", "NotAccepted")]
+
+
+def test_why_the_layout_is_as_it_is_stays_said_while_it_comes_about() -> None:
+    whole = agent_of(link("n1", "n1", "g0", "g1"))
+    decided = shown(whole).dump()
+    assert decided["plan"]["reasons"][-1] == "first layout: 2xTP1"
+    made = decide(
+        snapshot({"n1": whole}, {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}, (), {}, {}, PlannerSettings()), 0
+    )  # type: ignore[dict-item]
+    flipping = replace(made, pools=(replace(made.pools[0], reasons=("a flip is running",), held="a flip is running"),))
+    under_way = shown(whole, before=decided, made=flipping).dump()["plan"]
+    assert (under_way["verdict"], under_way["held"], under_way["reasons"][-1]) == ("Change", "a flip is running", "first layout: 2xTP1")
+    blocked = replace(flipping, pools=(replace(made.pools[0], reasons=("no GPU",), verdict=Verdict.BLOCKED),))
+    stuck = shown(whole, before=decided, made=blocked).dump()
+    assert stuck["plan"]["reasons"] == ["no GPU"]
+    assert shown(whole, before=stuck, made=made).dump()["plan"]["reasons"][-1] == "first layout: 2xTP1", "it is blocked no more"
 
 
 def test_figures_and_what_follows_from_them_are_no_reason_to_write_at_once() -> None:

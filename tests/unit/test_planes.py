@@ -74,6 +74,7 @@ def test_the_slow_plane_is_asked_when_what_it_decides_by_changes() -> None:
     assert planes(taken(node, 10, chat=30, agents=20), 10)[1] == 1, "its interval"
     assert planes(taken(replace(node, schedulable=False), 11, chat=30, agents=20), 11)[1] == 1
     assert planes(taken(node, 12, chat=30, agents=20), 12)[1] == 1, "and back"
+    assert planes(taken(replace(node, leaving=True), 12.2, chat=30, agents=20), 12.2)[1] == 1, "to be drained"
     flipped = replace(node, last_flip_at=12.0)
     assert [planes(taken(flipped, t, chat=30, agents=20), t)[1] for t in (13, 14, 15, 16, 17.5)] == [1, 0, 0, 0, 1], "cooling, and cool"
     other = replace(POOL, budget_gpus=4)

@@ -31,6 +31,7 @@ def standing(snapshot: Snapshot, now: float) -> Standing:
         (
             n.node,
             n.schedulable,
+            n.leaving,
             n.flipping,
             n.last_flip_at is not None and now - n.last_flip_at < settings.cooldown_s,
             tuple(sorted((g.pool, g.engine_id, g.gpu_uuids) for g in n.layout.groups)),

@@ -217,7 +217,10 @@ def _plan(
     elif not change:
         reasons.append(f"its GPUs changed: {was} -> {will}")
     else:
-        reasons.append(f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s, expected to last {settings.dwell_s:g} s")
+        worth = "" if after > before else f", but {base.score:.2f} -> {best.score:.2f} by target and weight"
+        reasons.append(
+            f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s{worth}, expected to last {settings.dwell_s:g} s"
+        )
     rejected = []
     if change and q.running:
         rejected.append(f"{was} as it runs: expected goodput {before:.2f} requests/s, score {base.score:.2f} against {best.score:.2f}")
