@@ -21,6 +21,7 @@ from nitsum_api.fault import maybe_die
 from nitsum_api.resources import GROUP, NODES, POOLS, VERSION
 from nitsum_operator import accept, execute, inspection, links, observe, plan, remember, routes, status
 from nitsum_operator.deliver import Delivery
+from nitsum_operator.events import Events
 from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
 from nitsum_operator.handlers import Store
@@ -51,6 +52,7 @@ class Reconciler:
         self._links, self._executor, self._estimator = links.Links(), execute.Executor(), DemandEstimator()
         self._fleet, self._history, self._figures = Fleet(), History(), Figures()
         self._delivery, self._writer = Delivery(), Writer(self._custom)
+        self._events = Events(client.EventsV1Api(api), holder)
         self._planes, self._learning = Planes(), Learning(settings.online_correction)
         self._inspector = inspection.Inspector()
         self._accepted: dict[str, accept.Accepted] = {}
@@ -121,6 +123,7 @@ class Reconciler:
             await self._executor.send(agents, due, self._accepted, self._leader.term)
         await self._delivery.send(self._links.gateways, routes.routes(self._accepted, agents), self._leader.term)
         await self._write(judged, taken, decided, now)
+        await self._events.post(self._writer.take())
         left = NODES_AT_ONCE
         for agent in list(agents.values()):
             left -= await self._writer.node(agent, status.rfc3339(now)) if left else 0
@@ -224,6 +227,7 @@ class Reconciler:
         self._history.keep(self._store.pools, agents)
         self._executor.keep(agents, self._store.pools)
         self._figures.keep(self._store.pools)
+        self._events.keep(self._store.pools)
         for gone in {pool for pool, _ in self._estimator.tiers} - set(self._store.pools):
             self._estimator.forget(gone)
         return outdated

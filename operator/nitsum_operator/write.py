@@ -22,8 +22,12 @@ REFUSED = (400, 403, 413, 422)
 log = logging.getLogger(__name__)
 
 
+Written = tuple[Mapping[str, Any], dict[str, Any], dict[str, Any]]
+"""A pool, its status before and after."""
+
+
 @dataclass
-class _Written:
+class _Last:
     """`older`: versions of the object that the watch may still show although this status is newer."""
 
     status: dict[str, Any]
@@ -40,7 +44,8 @@ def merge_patch(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 class Writer:
     def __init__(self, custom: client.CustomObjectsApi) -> None:
         self._custom = custom
-        self._pools: dict[str, _Written] = {}
+        self._pools: dict[str, _Last] = {}
+        self._written: list[Written] = []
         self._nodes: dict[str, dict[str, Any]] = {}
         self._at: dict[str, float] = {}
         self._refused: dict[str, str] = {}
@@ -78,10 +83,16 @@ class Writer:
                 self._note(key, e)
             return e.status in REFUSED
         older = {seen, version, *(written.older if written is not None else ())}
-        self._pools[key] = _Written(new, found["metadata"]["resourceVersion"], frozenset(older))
+        self._written.append((obj, old, new))
+        self._pools[key] = _Last(new, found["metadata"]["resourceVersion"], frozenset(older))
         self._at[key] = time.monotonic()
         self._refused.pop(key, None)
         return True
+
+    def take(self) -> list[Written]:
+        """Statuses of pools written since the last call."""
+        found, self._written = self._written, []
+        return found
 
     async def node(self, agent: Agent, now: str) -> bool:
         """True where it called the API server."""

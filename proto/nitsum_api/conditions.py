@@ -84,7 +84,7 @@ class Reason(StrEnum):
     AWAITING_ENGINES = "AwaitingEngines", "Ready=False, Serving=False", "Engines are being started, warmed up and timed."
     NO_AGENTS = "NoAgents", "Ready=False, AgentsConnected=False", "No node with an agent matches spec.budget.nodeSelector."
     NOT_ENOUGH_GPUS = "NotEnoughGpus", "Ready=False, Degraded=True", "Fewer GPUs are free than the smallest allowed TP, or than the budget."
-    NOT_ACCEPTED = "NotAccepted", "Ready=False, Progressing=False", "The spec was never accepted, so nothing runs; see Accepted."
+    NOT_ACCEPTED = "NotAccepted", "Ready=False, Progressing=False", "No spec was accepted yet, so nothing runs; see Accepted."
     ENGINES_FAILED = (
         "EnginesFailed",
         "Ready=False, Degraded=True",
@@ -116,15 +116,35 @@ class Reason(StrEnum):
     WRONG_IDENTITY = (
         "WrongIdentity",
         "AgentsConnected=False, Connected=False, Degraded=True",
-        "The peer's certificate is not of the role or node that it should be.",
+        "The peer's certificate is not of the role that it should be, or an agent claims the Node, Pod or id of another one.",
     )
     HOST_UNAVAILABLE = "HostUnavailable", "Connected=False, Degraded=True", "The agent reports, but its engine host does not answer."
-    DRAINING = "Draining", "Serving=False, Degraded=True", "The node ends its streams and refuses new work."
+    DRAINING = (
+        "Draining",
+        "Serving=False, Degraded=True",
+        "What runs on the node goes elsewhere: its Node is tainted nitsum.io/drain, or its engine host was told to drain.",
+    )
     IDLE = "Idle", "Serving=False", "No pool has a group here."
 
     DIRECTIVE_REJECTED = "DirectiveRejected", "Degraded=True", "An agent refused a directive; the message has its reason."
     FLIP_REVERTED = "FlipReverted", "Degraded=True", "The new layout did not wake, so the old one serves again."
     HEALTHY = "Healthy", "Degraded=False", "Nothing known to be wrong."
+
+
+class EventReason(StrEnum):
+    """Reasons of Events that are not those of a condition."""
+
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str) -> "EventReason":
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    LAYOUT_PLANNED = "LayoutPlanned", "The plan wants another layout; the note says which, and why."
+    FLIPPED = "Flipped", "A flip is done; the note names the node, both layouts, streams that moved and the host's pause."
+    FLIP_FAILED = "FlipFailed", "A flip was reverted or failed; the message of Degraded says why."
 
 
 class ConditionLike(Protocol):
@@ -175,6 +195,15 @@ def as_markdown() -> str:
         "| Reason | Of | Meaning |",
         "| --- | --- | --- |",
         *(f"| `{r.value}` | {r.of} | {r.meaning} |" for r in Reason),
+        "",
+        "## Events of a ServingPool",
+        "",
+        "`kubectl describe` shows them: the reasons above when Accepted, Ready or Degraded turns, and these. 16 at once, then one in 30 s;",
+        "the status has all.",
+        "",
+        "| Reason | Meaning |",
+        "| --- | --- |",
+        *(f"| `{r.value}` | {r.meaning} |" for r in EventReason),
         "",
     ]
     return "\n".join(lines)

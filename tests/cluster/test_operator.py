@@ -202,6 +202,14 @@ def condition(found: dict[str, Any], kind: str) -> dict[str, Any]:
     return next((c for c in found.get("conditions", []) if c["type"] == kind), {})
 
 
+def events(ctl: Kubectl, name: str = "op-chat") -> dict[str, list[str]]:
+    """Types of a pool's Events, by reason."""
+    found: dict[str, list[str]] = {}
+    for e in json.loads(ctl("get", "events", "--field-selector", f"involvedObject.name={name}", "-o", "json"))["items"]:
+        found.setdefault(e["reason"], []).append(e["type"])
+    return found
+
+
 @contextlib.asynccontextmanager
 async def announced(ctl: Kubectl, tmp_path: Path) -> AsyncIterator[tuple[ObedientAgent, ListeningGateway]]:
     """An agent and a gateway with the certificates that the operator issued, found through EndpointSlices. Ends with no pool left."""
@@ -262,7 +270,9 @@ async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Start, tmp_pa
         assert found["plan"]["profileOrigin"] == "modelled"
         assert found["layout"] in ctl("get", "servingpools")
         served = await until(lambda: next((r.pools[0] for r in gateway.routes if r.pools and r.pools[0].nodes), None), "routes")
-        assert (served.nodes[0].address, served.nodes[0].groups[0].epoch) == ("127.0.0.1:1", 3)
+        host, _, port = served.nodes[0].address.partition(":")
+        assert (port, served.nodes[0].groups[0].epoch) == ("1", 3)
+        assert host != "127.0.0.1", "gateways go where its EndpointSlice says, not where the agent says"
         await until(lambda: status(ctl).get("attainment") == "50.0%", "what gateways report")
         count = len(gateway.routes)
         await asyncio.sleep(4)
@@ -270,16 +280,34 @@ async def test_pool_to_directive_to_status(ctl: Kubectl, operator: Start, tmp_pa
         assert len(agent.directives) == 1, "nothing changed, so nothing is sent again"
         assert json.loads(ctl("get", "servingnode", "op-node", "-o", "json"))["status"]["gpuCount"] == 2
 
+        said = await until(lambda: {"Accepted", "LayoutPlanned", "Serving"} <= set(s := events(ctl)) and s, "Events")
+        described = ctl("describe", "servingpool", "op-chat")
+        assert all(r in described.partition("Events:")[2] for r in said), "where people look"
+
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "op-node"}}
+        ctl("apply", "-f", "-", stdin=json.dumps(node))
+        ctl("taint", "node", "op-node", "nitsum.io/drain=:NoSchedule")
+        drained = await until(lambda: (c := condition(status(ctl), "Degraded")).get("reason") == "Draining" and c, "the taint")
+        assert "nitsum.io/drain" in drained["message"]
+        assert json.loads(ctl("get", "servingnode", "op-node", "-o", "json"))["status"]["draining"]
+        ctl("taint", "node", "op-node", "nitsum.io/drain-")
+        await until(lambda: condition(status(ctl), "Degraded").get("reason") == "Healthy", "the taint is gone")
+        ctl("delete", "node", "op-node")
+        assert len(agent.directives) == 1, "it is the only node, so all stayed"
+        said = await until(lambda: {"Draining", "Healthy"} <= set(s := events(ctl)) and s, "Events of both")
+
         process.kill()
         process.wait()
         operator()
         term = status(ctl)["term"]
         await until(lambda: status(ctl)["term"] > term, "the next leader, once the Lease has run out", 40)
         assert len(agent.directives) == 1, "a new leader adopts what runs"
+        assert events(ctl) == said, "and says nothing again"
 
         ctl("patch", "servingpool", "op-chat", "--type=merge", "-p", '{"spec":{"tensorParallel":{"allowed":[1,2,4]}}}')
         wrong = await until(lambda: (c := condition(status(ctl), "Accepted")).get("status") == "False" and c, "Accepted=False")
         assert wrong["reason"] == "IllegalTensorParallel"
+        await until(lambda: events(ctl).get("IllegalTensorParallel") == ["Warning"], "a Warning")
         assert condition(status(ctl), "Ready")["status"] == "True", "what ran before stays"
         assert len(agent.directives) == 1
 

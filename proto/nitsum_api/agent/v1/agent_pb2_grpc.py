@@ -88,7 +88,8 @@ class AgentServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Ends every stream of the node with successors elsewhere and refuses new work.
+        """Ends every stream of the node and refuses new work, until its engine host is started anew: for one that is about to go. The operator
+        empties a node that stays by directives instead (taint nitsum.io/drain).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

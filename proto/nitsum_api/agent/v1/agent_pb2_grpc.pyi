@@ -40,7 +40,9 @@ class AgentServiceStub:
     Watch: _grpc.UnaryStreamMultiCallable[_agent_pb2.WatchRequest, _agent_pb2.WatchResponse]
     """Reports at once, then on every change and at least each interval."""
     Drain: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DrainRequest, _agent_pb2.DrainResponse]
-    """Ends every stream of the node with successors elsewhere and refuses new work."""
+    """Ends every stream of the node and refuses new work, until its engine host is started anew: for one that is about to go. The operator
+    empties a node that stays by directives instead (taint nitsum.io/drain).
+    """
     Inspect: _grpc.UnaryUnaryMultiCallable[_agent_pb2.InspectRequest, _agent_pb2.InspectResponse]
     """Reads models' configs where the node finds them, so that a spec is judged before it is in force. Reads anew with every call."""
 
@@ -56,7 +58,9 @@ class AgentServiceAsyncStub(AgentServiceStub):
     Watch: _aio.UnaryStreamMultiCallable[_agent_pb2.WatchRequest, _agent_pb2.WatchResponse]  # type: ignore[assignment]
     """Reports at once, then on every change and at least each interval."""
     Drain: _aio.UnaryUnaryMultiCallable[_agent_pb2.DrainRequest, _agent_pb2.DrainResponse]  # type: ignore[assignment]
-    """Ends every stream of the node with successors elsewhere and refuses new work."""
+    """Ends every stream of the node and refuses new work, until its engine host is started anew: for one that is about to go. The operator
+    empties a node that stays by directives instead (taint nitsum.io/drain).
+    """
     Inspect: _aio.UnaryUnaryMultiCallable[_agent_pb2.InspectRequest, _agent_pb2.InspectResponse]  # type: ignore[assignment]
     """Reads models' configs where the node finds them, so that a spec is judged before it is in force. Reads anew with every call."""
 
@@ -93,7 +97,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.DrainResponse, _abc.Awaitable[_agent_pb2.DrainResponse]]:
-        """Ends every stream of the node with successors elsewhere and refuses new work."""
+        """Ends every stream of the node and refuses new work, until its engine host is started anew: for one that is about to go. The operator
+        empties a node that stays by directives instead (taint nitsum.io/drain).
+        """
 
     @_abc_1.abstractmethod
     def Inspect(

@@ -53,7 +53,9 @@ class _FlipModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FlipMode.Val
     FLIP_MODE_ABORT: _FlipMode.ValueType  # 2
     """End every stream now; each resumes on a successor from its tokens."""
     FLIP_MODE_MIGRATE_FIRST: _FlipMode.ValueType  # 3
-    """Put the streams' KV into the store first, then as ABORT: the successor loads pages instead of computing them."""
+    """Put the streams' KV into the store first, then as ABORT: the successor loads pages instead of computing them.
+    This release does as ABORT: of a prompt, the store has the pages that its prefill wrote; nothing more is copied first.
+    """
 
 class FlipMode(_FlipMode, metaclass=_FlipModeEnumTypeWrapper):
     """How a flip treats the streams that run on the layout that ends."""
@@ -64,7 +66,9 @@ FLIP_MODE_LET_FINISH: FlipMode.ValueType  # 1
 FLIP_MODE_ABORT: FlipMode.ValueType  # 2
 """End every stream now; each resumes on a successor from its tokens."""
 FLIP_MODE_MIGRATE_FIRST: FlipMode.ValueType  # 3
-"""Put the streams' KV into the store first, then as ABORT: the successor loads pages instead of computing them."""
+"""Put the streams' KV into the store first, then as ABORT: the successor loads pages instead of computing them.
+This release does as ABORT: of a prompt, the store has the pages that its prefill wrote; nothing more is copied first.
+"""
 Global___FlipMode: _TypeAlias = FlipMode  # noqa: Y015
 
 class _Admission:
