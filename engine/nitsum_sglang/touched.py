@@ -4,6 +4,7 @@ Checked when a zygote starts, so that an incompatible SGLang is named before any
 """
 
 import importlib
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -49,7 +50,31 @@ NAMES = (
     "sglang.srt.model_executor.model_runner:ModelRunner.maybe_enable_batch_invariant_mode",
     "sglang.srt.disaggregation.common.conn:CommonKVReceiver._ctx",
     "sglang.srt.utils.hf_transformers_utils:get_tokenizer",
+    "sglang.srt.managers.io_struct",
+    "sglang.srt.models.registry",
+    "sglang.srt.layers.rotary_embedding:get_rope",
+    "sglang.srt.mem_cache.hicache_storage:PoolName",
+    "sglang.srt.mem_cache.unified_cache.unified_cache_linker:UnifiedCacheLinker",
+    "sglang.srt.weight_cache.ipc_loader:get_client_transport_backend",
+    "sglang.srt.platforms.cpu:CpuDeviceMixin",
+    "sglang.srt.platforms.device_mixin:PlatformEnum",
+    "sglang.srt.platforms.interface:PlatformCapabilities",
+    "sglang.srt.platforms.interface:SRTPlatform",
 )
+
+FRONT_NAMES = (
+    "sglang.srt.entrypoints.http_server:launch_server",
+    "sglang.srt.entrypoints.engine:_set_envs_and_config",
+    "sglang.srt.managers.detokenizer_manager",
+    "sglang.srt.managers.tokenizer_manager:TokenizerManager._handle_abort_finish_reason",
+    "sglang.srt.managers.io_struct:async_sock_recv",
+    "sglang.srt.managers.io_struct:sock_send",
+    "sglang.srt.utils:kill_itself_when_parent_died",
+    "sglang.srt.utils.hf_transformers_utils:get_config",
+    "sglang.srt.utils.hf_transformers_utils:get_context_length",
+    "sglang.srt.utils.network:get_zmq_socket",
+)
+"""Used by fronts alone: an engine need not load them."""
 
 FIELDS = {
     "sglang.srt.managers.io_struct:TokenizedGenerateReqInput": (
@@ -83,18 +108,18 @@ class IncompatibleEngine(Exception):
 def lookup(path: str) -> Any:
     module, _, name = path.partition(":")
     value: Any = importlib.import_module(module)
-    for part in name.split("."):
+    for part in name.split(".") if name else ():
         value = vars(value).get(part, None) if part == "_ctx" else getattr(value, part)
     return value
 
 
-def check() -> None:
+def check(names: Iterable[str] = NAMES) -> None:
     """Raises IncompatibleEngine that names everything missing."""
     installed = metadata.version("sglang")
     problems = []
     if installed != VERSION:
         problems.append(f"version {installed}, wanted {VERSION}: install sglang=={VERSION}")
-    for path in NAMES:
+    for path in names:
         try:
             lookup(path)
         except (ImportError, AttributeError) as error:

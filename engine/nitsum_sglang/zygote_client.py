@@ -30,7 +30,7 @@ PRELOAD_ENGINE = (
     "nitsum_sglang.leader",
 )
 PRELOAD_FRONT = (
-    "nitsum_sglang.preload_engine",
+    "nitsum_sglang.preload_front",
     "sglang.launch_server",
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
