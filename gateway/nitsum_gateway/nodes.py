@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -25,6 +26,8 @@ REDIAL_S = (0.1, 2.0)
 SILENCE_S = 15.0
 """A node says something at least each second: after this long the line counts as broken."""
 LEARNED_MAX = 64
+DOWN_S = 10.0
+"""A line that is down for so long is not expected back soon."""
 ROLES = {types_pb2.ROLE_PREFILL: Role.PREFILL, types_pb2.ROLE_DECODE: Role.DECODE}
 Key = tuple[str, str]
 
@@ -52,6 +55,7 @@ class NodeLine:
         self.changes = 0
         """Counts what `groups` may show anew, what was sent apart."""
         self.problem = "not connected yet"
+        self._down_at = time.monotonic()
         self.apply(route)
         self.task = asyncio.create_task(self._run())
 
@@ -75,6 +79,11 @@ class NodeLine:
         if frame.HasField("submit"):
             self.sent[frame.submit.group_id] = self.sent.get(frame.submit.group_id, 0) + 1
         return True
+
+    @property
+    def gone(self) -> bool:
+        """Not worth waiting for."""
+        return self.outbox is None and time.monotonic() - self._down_at > DOWN_S
 
     def groups(self) -> list[GroupView]:
         if self.outbox is None or (not self.view and not self.routed):
@@ -106,7 +115,7 @@ class NodeLine:
         )
 
     async def _run(self) -> None:
-        wait_s = REDIAL_S[0]
+        wait_s, said = REDIAL_S[0], ""
         while True:
             was_up = False
             try:
@@ -118,12 +127,14 @@ class NodeLine:
             if was_up:
                 wait_s = REDIAL_S[0]
                 self._down()
-            log.warning("node %s at %s: %s", self.agent_id, self.address, self.problem)
+            if was_up or self.problem != said:  # one that stays away is dialled for as long as it is routed to
+                log.warning("node %s at %s: %s", self.agent_id, self.address, self.problem)
+            said = self.problem
             await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))
             wait_s = min(wait_s * 2, REDIAL_S[1])
 
     def _down(self) -> None:
-        self.outbox, self.view, self.sent = None, {}, {}
+        self.outbox, self.view, self.sent, self._down_at = None, {}, {}, time.monotonic()
         self.changes += 1
         self.on_break(self)
 

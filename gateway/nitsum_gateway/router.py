@@ -96,6 +96,8 @@ class Router:
             return self._end(live, Row(request, [], True, 0, {"type": "length", "length": 0}))  # n > 1 begins so
         if len(self.live) > IN_FLIGHT_MAX:
             return self._carry_out(live, [routing.Fail(429, f"{IN_FLIGHT_MAX} requests are in flight; try again later", 1000)])
+        if self.lines and all(line.gone for line in self.lines.values()):
+            return self._carry_out(live, [routing.Fail(503, "no node of this pool answers", 1000)])
         self._carry_out(live, stream.start(self.view(), now))
 
     def refuse(self, request: Any, status: int, message: str) -> None:

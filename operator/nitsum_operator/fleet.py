@@ -89,9 +89,9 @@ class Fleet:
         trouble = link.trouble if link.problem else Reason.STALE_REPORTS
         address = link.endpoint.node_address or d.node_address
         problem = link.problem or ("" if fresh else f"no report for {LOST_AFTER_S:g} s")
-        self.agents[d.agent_id] = agent = Agent(
-            d.agent_id, d, report, labels, fresh, address, link, problem, trouble, name in store.cordoned, name in store.draining
-        )
+        agent = Agent(d.agent_id, d, report, labels, fresh, address, link, problem, trouble)
+        agent.cordoned, agent.leaving, agent.ending = name in store.cordoned, name in store.draining, link.endpoint.terminating
+        self.agents[d.agent_id] = agent
         return agent
 
     def _lose(self, agent: Agent, by_address: dict[str, Link], store: Store, answering: set[str]) -> None:
@@ -99,6 +99,7 @@ class Fleet:
         link = by_address.get(agent.link.endpoint.address) if agent.link is not None else None
         node = agent.described.node_name
         agent.connected = False
+        agent.ending = link is None or link.endpoint.terminating
         agent.labels = {**store.nodes.get(node, {}), "nitsum.io/node-group": agent.described.node_group}
         if link is not None and link.problem:
             agent.problem, agent.trouble = link.problem, link.trouble

@@ -23,17 +23,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class Endpoint:
-    """`host:port` of a peer; `node_address` is the node data port beside an agent. `node_name` and `pod` are Kubernetes' own word."""
+    """`host:port` of a peer; `node_address` is the node data port beside an agent. The rest is Kubernetes' own word.
+
+    `terminating`: its Pod is ending, its engine host with it.
+    """
 
     address: str
     node_name: str = ""
     node_address: str = ""
     pod: str = ""
+    terminating: bool = False
 
 
 def endpoints(slices: list[Any], port_name: str) -> tuple[Endpoint, ...]:
-    """Of one Service's EndpointSlices, sorted, each address once."""
-    found = set()
+    """Of one Service's EndpointSlices, sorted, each address once: of two Pods, the one that stays."""
+    found: dict[str, Endpoint] = {}
     for s in slices:
         ports = {p.name: p.port for p in s.ports or []}
         for e in s.endpoints or []:
@@ -42,8 +46,11 @@ def endpoints(slices: list[Any], port_name: str) -> tuple[Endpoint, ...]:
                 if ports.get(port_name):
                     node = f"{host}:{ports['node']}" if ports.get("node") else ""
                     pod = e.target_ref.name if e.target_ref is not None and e.target_ref.kind == "Pod" else ""
-                    found.add(Endpoint(f"{host}:{ports[port_name]}", e.node_name or "", node, pod or ""))
-    return tuple(sorted(found))
+                    ending = bool(e.conditions is not None and e.conditions.terminating)
+                    new = Endpoint(f"{host}:{ports[port_name]}", e.node_name or "", node, pod or "", ending)
+                    if (other := found.get(new.address)) is None or (new.terminating, new) < (other.terminating, other):
+                        found[new.address] = new
+    return tuple(sorted(found.values()))
 
 
 class LeftAlone(Exception):
@@ -163,6 +170,7 @@ class Links:
                     await self._close(old)
                 links[e.address] = link
                 link.task = asyncio.create_task(link.follow(), name=f"{role} {e.address}")
+            links[e.address].endpoint = e  # its Pod may be ending, or be another one by now
 
     async def _close(self, link: Link) -> None:
         if link.task is not None:

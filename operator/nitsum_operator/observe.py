@@ -34,6 +34,8 @@ class Agent:
     """Its Node is unschedulable: what it runs stays, nothing is added or changed."""
     leaving: bool = False
     """Its Node is tainted to be drained: what it runs goes elsewhere, where there is an elsewhere."""
+    ending: bool = False
+    """Its Pod is, or has gone, and its engine host with it."""
 
     inspected: dict[tuple[str, bytes], agent_pb2.ModelFacts] = field(default_factory=dict)
     """By model and source: what it read when it was asked."""

@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nitsum_gateway.nodes
 from nitsum.layout import Role
 from nitsum.routing import GroupView
 from nitsum_api.gateway.v1 import gateway_pb2
@@ -32,7 +34,7 @@ class Line:
     """A node's line that takes everything and says nothing by itself."""
 
     def __init__(self, agent_id: str, up: bool = True) -> None:
-        self.agent_id, self.up, self.problem = agent_id, up, ""
+        self.agent_id, self.up, self.problem, self.gone = agent_id, up, "", False
         self.frames: list[node_pb2.AttachRequest] = []
 
     @property
@@ -191,6 +193,23 @@ def test_too_long_for_an_engine_is_told_apart_from_invalid() -> None:
     inside(work)
 
 
+def test_nobody_waits_for_nodes_that_are_gone() -> None:
+    def work() -> None:
+        a, b = Line("a", up=False), Line("b", up=False)
+        r, front = router(a, b)
+        r.submit(request("early"))
+        assert "early" not in front.ends, "a line that has just broken may be back in a second"
+        a.gone = True
+        r.submit(request("half"))
+        assert "half" not in front.ends
+        b.gone = True
+        r.submit(request("late"))
+        assert front.ends["late"]["status_code"] == 503
+        assert {"early", "half"} <= set(r.live), "what has begun to wait waits"
+
+    inside(work)
+
+
 def test_routes_follow_what_lines_say() -> None:
     """Kept between requests: a line that breaks, comes back, is replaced or is no longer named shows at once."""
 
@@ -214,7 +233,7 @@ def test_routes_follow_what_lines_say() -> None:
     inside(work)
 
 
-async def test_a_line_tells_roles_and_counts_its_news(tmp_path: Path) -> None:
+async def test_a_line_tells_roles_and_counts_its_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [
         types_pb2.Group(group_id=f"g{role}", pool=types_pb2.PoolRef(name="p"), role=role)
         for role in (types_pb2.ROLE_UNSPECIFIED, types_pb2.ROLE_MIXED, types_pb2.ROLE_PREFILL, types_pb2.ROLE_DECODE)
@@ -227,4 +246,9 @@ async def test_a_line_tells_roles_and_counts_its_news(tmp_path: Path) -> None:
         before = line.changes
         change()
         assert line.changes > before
+    assert not line.gone
+    monkeypatch.setattr(nitsum_gateway.nodes, "DOWN_S", 0.0)
+    assert line.gone
+    line.outbox = asyncio.Queue()
+    assert not line.gone
     await line.close()

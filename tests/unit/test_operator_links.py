@@ -106,10 +106,15 @@ async def test_an_agent_that_claims_to_be_another_is_left_alone(pair: tuple[Agen
 
 
 def test_endpoints_name_pod_and_node_as_kubernetes_does() -> None:
-    def endpoint(kind: str) -> Any:
-        return SimpleNamespace(addresses=["10.0.0.1"], node_name="n1", target_ref=SimpleNamespace(kind=kind, name="agent-x"))
+    def slice_of(pod: str, kind: str = "Pod", terminating: bool | None = None) -> Any:
+        reference, conditions = SimpleNamespace(kind=kind, name=pod), SimpleNamespace(terminating=terminating)
+        found = SimpleNamespace(addresses=["10.0.0.1"], node_name="n1", target_ref=reference, conditions=conditions)
+        return SimpleNamespace(ports=[SimpleNamespace(name="agent", port=7443), SimpleNamespace(name="node", port=7444)], endpoints=[found])
 
-    ports = [SimpleNamespace(name="agent", port=7443), SimpleNamespace(name="node", port=7444)]
-    for kind, pod in (("Pod", "agent-x"), ("Node", "")):
-        slices: list[Any] = [SimpleNamespace(ports=ports, endpoints=[endpoint(kind)])]
-        assert endpoints(slices, "agent") == (Endpoint("10.0.0.1:7443", "n1", "10.0.0.1:7444", pod),)
+    where = ("10.0.0.1:7443", "n1", "10.0.0.1:7444")
+    assert endpoints([slice_of("x")], "agent") == (Endpoint(*where, "x"),)
+    assert endpoints([slice_of("x", "Node")], "agent") == (Endpoint(*where),)
+    both = [slice_of("a", terminating=True), slice_of("b", terminating=False)]
+    for slices in (both, both[::-1]):
+        assert endpoints(slices, "agent") == (Endpoint(*where, "b"),), "an address that another Pod has by now"
+    assert endpoints(both[:1], "agent") == (Endpoint(*where, "a", True),)

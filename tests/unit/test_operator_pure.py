@@ -39,6 +39,7 @@ from nitsum_operator.nodes import node_status
 from nitsum_operator.observe import Agent, group_from
 from nitsum_operator.plan import decide, snapshot
 from nitsum_operator.remember import lost_agent, spec_in_force
+from nitsum_operator.routes import routes
 from nitsum_operator.standing import Standing
 from nitsum_operator.status import Seen, pool_status, without_figures
 from nitsum_operator.write import merge_patch
@@ -131,9 +132,21 @@ def test_terms_and_certificates() -> None:
     assert due(b"", now)
 
 
+async def test_an_address_may_come_to_be_another_pods(tmp_path: Path) -> None:
+    for name, data in issue(new_ca(), Identity("operator", "x"), ("localhost",)).items():
+        (tmp_path / name).write_bytes(data)
+    found = Links()
+    old = Endpoint("127.0.0.1:1", "n1", pod="agent-1", terminating=True)
+    await found.update("agent", (old,), tmp_path)
+    new = Endpoint("127.0.0.1:1", "n1", pod="agent-2")
+    await found.update("agent", (new,), tmp_path)
+    assert [k.endpoint for k in found.agents.values()] == [new]
+    await found.close()
+
+
 def test_endpoints_sorted_once_with_node_port() -> None:
     ports = [SimpleNamespace(name="agent", port=1), SimpleNamespace(name="node", port=2)]
-    one = SimpleNamespace(ports=ports, endpoints=[SimpleNamespace(addresses=["10.0.0.9"], node_name="n", target_ref=None)])
+    one = SimpleNamespace(ports=ports, endpoints=[SimpleNamespace(addresses=["10.0.0.9"], node_name="n", target_ref=None, conditions=None)])
     assert endpoints([one, one], "agent") == (Endpoint("10.0.0.9:1", "n", "10.0.0.9:2"),)
     assert endpoints([one], "gateway") == ()
 
@@ -290,6 +303,34 @@ def test_gateways_are_sent_where_kubernetes_says_that_the_node_is() -> None:
     assert fleet.agents["n1"].node_address == "10.0.0.1:7444"
 
 
+def test_a_host_whose_agent_is_away_is_still_routed_to() -> None:
+    """It goes on without the agent, for as long as that takes."""
+    accepted: Any = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    store, fleet = Store(), Fleet()
+    group = types_pb2.Group(group_id="e", pool=types_pb2.PoolRef(name="a/p"), epoch=3)
+    found = link("n1", "n1", "g0", groups=[agent_pb2.GroupReport(group=group, state=types_pb2.GROUP_STATE_OPEN)])
+    other = link("n2", "n2", "g1", groups=[agent_pb2.GroupReport(group=group, state=types_pb2.GROUP_STATE_OPEN)])
+    for n in ("n1", "n2"):
+        store.saw_node(n, {}, [])
+
+    def routed(*links: Link) -> list[str]:
+        fleet.observe(links, store)
+        return [n.agent_id for n in routes(accepted, fleet.agents)[0].nodes]
+
+    assert routed(found) == ["n1"]
+    found.heard_at = -100.0
+    assert routed(found) == ["n1"]
+    assert not fleet.agents["n1"].connected
+    found.endpoint = replace(found.endpoint, terminating=True)
+    assert routed(found, other) == ["n2"], "its Pod is ending, so its streams leave while there is time"
+    other.endpoint = replace(other.endpoint, terminating=True)
+    assert routed(found, other) == ["n2"], "there is nowhere to go; of one that is ending and away nobody hopes for anything"
+    other.endpoint = replace(other.endpoint, terminating=False)
+    assert routed(other) == ["n2"], "the Pod is gone"
+    other.heard_at, other.problem, other.trouble = -100.0, "speaks contract v9", Reason.CONTRACT_VERSION_MISMATCH
+    assert routed(other) == [], "left alone is left alone"
+
+
 def test_a_cordoned_node_keeps_what_it_runs_and_gets_nothing_new() -> None:
     accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
     fleet, store = Fleet(), Store()
@@ -340,7 +381,7 @@ def test_a_node_that_is_to_be_drained_is_emptied_and_comes_back() -> None:
     store.saw_node("n2", {}, [], cordoned=True)
     assert plan(empty, other, taints=[]) == [2, 0], "it is as good as any other again"
     store.saw_node("n2", {}, [DRAIN])
-    assert plan(full, other, taints=[DRAIN]) == [1, 0], "there is no other node"
+    assert plan(full, other, taints=[DRAIN]) == [2, 0], "there is no other node"
 
 
 def test_what_one_agent_says_wrongly_does_not_stop_the_plan_of_all() -> None:

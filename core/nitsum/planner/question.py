@@ -112,7 +112,7 @@ def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], bu
 def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     ordered = sorted((n for n in snapshot.nodes if n.schedulable), key=lambda n: n.node.agent_id)
     matching = [n for n in ordered if set(pool.node_selector) <= set(n.node.labels)]
-    inside = [n for n in matching if not n.leaving]
+    inside = [n for n in matching if not n.leaving] or matching
     agents = {n.node.agent_id for n in inside}
     had: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {
         (pool.name, n.node.agent_id, g.gpu_uuids): _meant(g) for n in ordered for g in n.layout.groups if g.pool == pool.name
@@ -126,9 +126,7 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     tps = worth_residing(times, legal)
     blocked = ""
     if not inside or not budget:
-        blocked = (
-            "no GPU within budget and selector" if inside or not matching else "all nodes that match are to be drained; what runs stays"
-        )
+        blocked = "no GPU within budget and selector"
     elif not tps:
         blocked = f"no legal TP among {list(pool.allowed_tp) or 'any'}"
     if inside:  # where no node fits at all, what runs stays; else it makes room in the budget for the nodes that do
