@@ -37,6 +37,7 @@ ELSEWHERE = (
     node_pb2.Refused.REASON_DRAINING,
     node_pb2.Refused.REASON_CONTRACT_VERSION,
 )
+NORMAL = (node_pb2.Finish.KIND_STOP, node_pb2.Finish.KIND_LENGTH)
 CLIENTS_FAULT = (node_pb2.Refused.REASON_TOO_LONG, node_pb2.Refused.REASON_INVALID)
 
 
@@ -141,7 +142,7 @@ class Router:
             live.cached_tokens = delta.cached_tokens
         live.reasoning_tokens = delta.reasoning_tokens
         kind = delta.finish.kind
-        normal = kind in (node_pb2.Finish.KIND_STOP, node_pb2.Finish.KIND_LENGTH)
+        normal = kind in NORMAL
         if delta.token_ids or normal:
             self._tokens(live, hop, delta, now)
         if not kind:
@@ -166,7 +167,8 @@ class Router:
         fresh = not live.out
         live.out += ids
         live.first_at, live.last_at = live.first_at or now, now
-        finish = finish_of(delta.finish, len(live.out)) if delta.finish.kind else None
+        normal = delta.finish.kind in NORMAL  # any other end is not the request's: it goes on, or fails
+        finish = finish_of(delta.finish, len(live.out)) if normal else None
         row = Row(request, ids, not live.emitted, len(live.out), finish, live.cached_tokens or 0, live.reasoning_tokens)
         if request.return_logprob:
             row.output_logprobs = None if scoring else delta.output_logprobs

@@ -113,6 +113,7 @@ class FakeNode(node_pb2_grpc.NodeServiceServicer):
             elif self.fail_after and total >= self.fail_after:
                 text = 'File "/usr/lib/sglang/scheduler.py", line 7, on 10.0.0.3:7444'
                 delta.finish.CopyFrom(Finish(kind=Finish.KIND_ERROR, status_code=500, message=text))
+                del delta.token_ids[:]
             elif self.move_after and not s.resume_k and made == self.move_after:
                 delta.finish.CopyFrom(
                     Finish(kind=Finish.KIND_MOVED, successors=[node_pb2.Successor(group_id=self.to or self.group_id, epoch=self.epoch)])

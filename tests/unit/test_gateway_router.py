@@ -193,6 +193,22 @@ def test_too_long_for_an_engine_is_told_apart_from_invalid() -> None:
     inside(work)
 
 
+def test_tokens_that_come_with_an_end_that_is_none_do_not_end_the_stream() -> None:
+    """Engines send none with it, but what they were must not look like all that there is."""
+
+    def work() -> None:
+        line = Line("a")
+        r, front = router(line)
+        for rid in ("moved", "broken"):
+            r.submit(request(rid))
+        r.on_frame(line, tokens("1.1.", [7, 8], Kind.KIND_MOVED))
+        r.on_frame(line, tokens("2.1.", [7], Kind.KIND_ERROR))
+        assert (front.ids["moved"], "moved" in front.ends, r.live["moved"].out) == ([7, 8], False, [7, 8])
+        assert (front.ids["broken"], front.ends["broken"]["status_code"]) == ([7], 500)
+
+    inside(work)
+
+
 def test_nobody_waits_for_nodes_that_are_gone() -> None:
     def work() -> None:
         a, b = Line("a", up=False), Line("b", up=False)
