@@ -130,6 +130,6 @@ class Fleet:
         return tuple(sorted({g.type for a in self.agents.values() for g in a.described.gpus}))
 
     def flipping(self, pool: str) -> frozenset[str]:
-        """Tiers that groups of the pool serve on nodes with a directive in work."""
-        groups = (g.group for a in self.agents.values() if a.in_progress for g in a.report.groups)
+        """Tiers that groups of the pool serve on nodes with a directive in work. One that is lost is not known to work on anything."""
+        groups = (g.group for a in self.agents.values() if a.connected and a.in_progress for g in a.report.groups)
         return frozenset(s.tier for g in groups if g.pool.name == pool for s in g.shares)

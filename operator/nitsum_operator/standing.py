@@ -131,9 +131,10 @@ class Standing:
         return self.judged.accepted.pool.mode if self.judged.accepted is not None else None
 
     def _progressing(self) -> Row:
-        if any(a.report.flip.outcome == agent_pb2.FlipReport.OUTCOME_RUNNING for a in self.agents):
+        heard = [a for a in self.agents if a.connected]
+        if any(a.report.flip.outcome == agent_pb2.FlipReport.OUTCOME_RUNNING for a in heard):
             return "True", Reason.FLIPPING, "A flip between warm engines is running."
-        if any(a.in_progress for a in self.agents) or (self.wanted and self.wanted != self.runs):
+        if any(a.in_progress for a in heard) or (self.wanted and self.wanted != self.runs):
             return "True", Reason.CHANGING_RESIDENCY, "Engines are being started or stopped."
         if self.judged.accepted is None:
             return "False", Reason.NOT_ACCEPTED, "No spec is in force, so there is nothing to change; see Accepted."

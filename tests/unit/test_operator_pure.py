@@ -277,6 +277,22 @@ def test_a_node_that_is_gone_frees_its_gpus_although_its_endpoint_is_still_annou
     assert fleet.agents["n1"].connected, "it came back"
 
 
+def test_a_node_that_dies_in_a_flip_does_not_hold_the_pool_for_ever() -> None:
+    fleet, store = Fleet(), Store()
+    store.saw_node("n1", {}, [])
+    shares = [types_pb2.TierShare(tier="t", share=1.0)]
+    group = types_pb2.Group(group_id="e", engine_id="e", pool=types_pb2.PoolRef(name="a/p"), tp_size=1, gpu_uuids=["g0"], shares=shares)
+    flip = agent_pb2.FlipReport(outcome=agent_pb2.FlipReport.OUTCOME_RUNNING)
+    found = link("n1", "n1", "g0", groups=[agent_pb2.GroupReport(group=group)], flip=flip, in_progress_operation_id="o")
+    fleet.observe([found], store)
+    assert fleet.flipping("a/p") == {"t"}
+    assert reason(shown(fleet.agents["n1"]), "Progressing") == ("True", "Flipping")
+    found.heard_at = -100.0
+    fleet.observe([found], store)
+    assert not fleet.flipping("a/p"), "else demand would be frozen until its Node is deleted"
+    assert reason(shown(fleet.agents["n1"]), "Progressing")[1] != "Flipping"
+
+
 def test_who_claims_to_be_another_agent_is_left_alone() -> None:
     store, fleet = Store(), Fleet()
     store.saw_node("n1", {}, [])
