@@ -92,6 +92,7 @@ ALLOWED = [
     ("create", "leases.coordination.k8s.io", ""),
     ("create", "secrets", ""),
     ("update", "secrets/nitsum-ca", ""),
+    ("create", "events.events.k8s.io", "-A"),
 ]
 DENIED = [
     ("update", "servingpools.nitsum.io", ""),
@@ -101,6 +102,8 @@ DENIED = [
     ("update", "nodes", ""),
     ("create", "pods", ""),
     ("create", "events", "-A"),
+    ("list", "events.events.k8s.io", "-A"),
+    ("patch", "events.events.k8s.io", "-A"),
     ("update", "leases.coordination.k8s.io", ""),
     ("patch", "servingnodes.nitsum.io", ""),
     ("patch", "secrets/nitsum-ca", ""),

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "charts/nitsum"
@@ -50,6 +51,21 @@ def test_chart_carries_the_crds_of_the_one_source(helm: str) -> None:
 
 def test_lint(helm: str) -> None:
     subprocess.run([helm, "lint", "--strict", str(CHART)], check=True, capture_output=True, timeout=60)
+
+
+def test_engine_hosts_and_gateways_find_checkpoints_at_the_same_place(helm: str) -> None:
+    rendered = [d for d in yaml.safe_load_all(render(helm, "--set", "agent.modelClaims={chat-model,b.c}")) if d]
+    found = {}
+    for d in rendered:
+        if d["kind"] in ("Deployment", "DaemonSet"):
+            spec = d["spec"]["template"]["spec"]
+            claims = {v["name"]: v["persistentVolumeClaim"]["claimName"] for v in spec.get("volumes", []) if "persistentVolumeClaim" in v}
+            for c in spec["containers"]:
+                mounts = [m for m in c.get("volumeMounts", []) if m["name"] in claims]
+                found[c["name"]] = {claims[m["name"]]: m["mountPath"] for m in mounts}
+                assert all(m["readOnly"] for m in mounts)
+    models = {c: f"/var/lib/nitsum/volumes/{c}" for c in ("chat-model", "b.c")}
+    assert found == {"operator": {}, "agent": {}, "host": models, "gateway": models}
 
 
 def test_two_node_groups_of_one_name_are_refused(helm: str) -> None:

@@ -38,3 +38,16 @@ readOnlyRootFilesystem: true
 capabilities:
   drop: [ALL]
 {{- end }}
+
+{{- define "nitsum.modelMounts" -}}
+{{- range $claim := .Values.agent.modelClaims }}
+- {name: {{ printf "model-%s" ($claim | sha256sum | trunc 12) }}, mountPath: /var/lib/nitsum/volumes/{{ $claim }}, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "nitsum.modelVolumes" -}}
+{{- range $claim := .Values.agent.modelClaims }}
+- name: {{ printf "model-%s" ($claim | sha256sum | trunc 12) }}
+  persistentVolumeClaim: {claimName: {{ $claim }}, readOnly: true}
+{{- end }}
+{{- end }}
