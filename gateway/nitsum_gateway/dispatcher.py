@@ -47,7 +47,7 @@ def error(
 
 class Dispatcher:
     def __init__(self, fronts: Fronts) -> None:
-        self.fronts = fronts
+        self.fronts, self.was_ready = fronts, False
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=5), limits=httpx.Limits(max_connections=None, keepalive_expiry=REUSE_S)
         )
@@ -67,10 +67,12 @@ class Dispatcher:
         return Response("ok")
 
     async def ready(self, request: Request) -> Response:
-        """200 once routes are known and the fronts of all pools have answered; a front that is started again later changes nothing."""
-        missing = [m for m, f in sorted(self.fronts.by_model.items()) if not f.served]
-        if not self.fronts.routed or missing:
+        """200 once routes are known and the front of each pool has answered, or failed: one that cannot start must not keep clients from
+        the others. Then for good: no pool that comes or breaks later takes this gateway away from them."""
+        missing = [m for m, f in sorted(self.fronts.by_model.items()) if not f.served and not f.problem]
+        if not self.was_ready and (not self.fronts.routed or missing):
             return Response(f"starting: {', '.join(missing)}" if self.fronts.routed else "no routes yet", 503)
+        self.was_ready = True
         return Response("ok")
 
     async def models(self, request: Request) -> Response:

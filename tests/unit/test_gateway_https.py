@@ -212,12 +212,19 @@ def test_a_gateway_without_routes_is_not_ready_and_does_not_deny_a_model(tmp_pat
             assert (await client.get("/readyz")).status_code == 503
             assert (await client.get("/healthz")).status_code == 200
             assert (await client.post("/v1/completions", json=body)).status_code == 503
+            known.by_model = {"broken": front(1), "m": front(1)}
+            for f in known.by_model.values():
+                f.served = False
             known.routed = True
-            assert (await client.get("/readyz")).status_code == 200
-            assert (await client.post("/v1/completions", json=body)).json()["error"]["code"] == "model_not_found"
-            known.by_model["m"] = front(1)
-            known.by_model["m"].served = False
+            assert (await client.get("/readyz")).text == "starting: broken, m"
+            known.by_model["broken"].problem = "the front ended"
             assert (await client.get("/readyz")).text == "starting: m"
+            known.by_model["m"].served = True
+            assert (await client.get("/readyz")).status_code == 200, "a pool that cannot start is not the others' trouble"
+            known.by_model["new"] = front(1)
+            known.by_model["new"].served = False
+            assert (await client.get("/readyz")).status_code == 200, "nor is one that starts"
+            assert (await client.post("/v1/completions", json=body | {"model": "other"})).json()["error"]["code"] == "model_not_found"
 
     asyncio.run(run())
 
