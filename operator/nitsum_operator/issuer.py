@@ -32,7 +32,8 @@ def due(certificate_pem: bytes, now: datetime) -> bool:
 
 def gateway_names(namespace: str) -> tuple[str, ...]:
     """Names under which OpenAI clients reach the gateway."""
-    return ("localhost", "nitsum-gateway", f"nitsum-gateway.{namespace}.svc")
+    service = f"nitsum-gateway.{namespace}"
+    return ("localhost", "nitsum-gateway", service, f"{service}.svc", f"{service}.svc.cluster.local")
 
 
 class Issuer:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography import x509
 
 import nitsum_operator
 from nitsum.errors import InvalidSpec
@@ -32,7 +33,7 @@ from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
 from nitsum_operator.handlers import DRAIN, OUT_OF_SERVICE, Store
 from nitsum_operator.history import History
-from nitsum_operator.issuer import due
+from nitsum_operator.issuer import due, gateway_names
 from nitsum_operator.leader import next_term
 from nitsum_operator.links import Endpoint, Link, Links, endpoints
 from nitsum_operator.nodes import node_status
@@ -130,6 +131,14 @@ def test_terms_and_certificates() -> None:
     assert not due(leaf, now + timedelta(hours=19))
     assert due(leaf, now + timedelta(hours=21))
     assert due(b"", now)
+
+
+def test_the_gateways_certificate_has_every_name_of_its_service() -> None:
+    leaf = issue(new_ca(), Identity("gateway", "gateway"), gateway_names("ns"))
+    found = x509.load_pem_x509_certificate(leaf["tls.crt"]).extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    names = found.value.get_values_for_type(x509.DNSName)
+    for end in ("", ".ns", ".ns.svc", ".ns.svc.cluster.local"):
+        assert f"nitsum-gateway{end}" in names, "clients write any of them"
 
 
 async def test_an_address_may_come_to_be_another_pods(tmp_path: Path) -> None:
