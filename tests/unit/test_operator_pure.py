@@ -347,9 +347,11 @@ def test_a_host_whose_agent_is_away_is_still_routed_to() -> None:
     assert routed(found) == ["n1"]
     assert not fleet.agents["n1"].connected
     found.endpoint = replace(found.endpoint, terminating=True)
+    assert routed(found, other) == ["n2"], "of one that is ending and away nobody hopes for anything"
+    found.heard_at = time.monotonic()
     assert routed(found, other) == ["n2"], "its Pod is ending, so its streams leave while there is time"
     other.endpoint = replace(other.endpoint, terminating=True)
-    assert routed(found, other) == ["n2"], "there is nowhere to go; of one that is ending and away nobody hopes for anything"
+    assert routed(found, other) == ["n1", "n2"], "there is nowhere to go"
     other.endpoint = replace(other.endpoint, terminating=False)
     assert routed(other) == ["n2"], "the Pod is gone"
     other.heard_at, other.problem, other.trouble = -100.0, "speaks contract v9", Reason.CONTRACT_VERSION_MISMATCH
