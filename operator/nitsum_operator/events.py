@@ -7,6 +7,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,10 @@ from nitsum_operator.write import Written
 BURST = 16
 """Of one pool, at once; past it one in REFILL_S. What comes too fast is left out: the status has it all."""
 REFILL_S = 30.0
+AT_ONCE = 32
+"""Posted in one cycle at most; the others follow in the next ones."""
+WAITING_MAX = 1024
+"""Past it the oldest of those that wait are left out."""
 NOTE_MAX = 1024
 NAME_MAX = 200
 REPORTER = "nitsum.io/operator"
@@ -106,14 +111,15 @@ class Events:
     def __init__(self, api: client.EventsV1Api, instance: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._api, self._instance, self._clock = api, instance[:128], clock
         self._allowed: dict[str, _Allowance] = {}
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=WAITING_MAX)
 
     async def post(self, written: Iterable[Written]) -> None:
-        bodies, now = [], self._clock()
+        now = self._clock()
         for obj, old, new in written:
             meta = obj["metadata"]
             allowance = self._allowed.setdefault(f"{meta['namespace']}/{meta['name']}", _Allowance(now))
-            bodies += [self._body(meta, s) for s in news(old, new) if allowance.take(now)]
-        if bodies:
+            self._waiting.extend(self._body(meta, s) for s in news(old, new) if allowance.take(now))
+        if bodies := [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]:
             await asyncio.to_thread(self._post, bodies)
 
     def keep(self, pools: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from kubernetes.client.exceptions import ApiException
 
-from nitsum_operator.events import BURST, Events, Said, news
+from nitsum_operator.events import AT_ONCE, BURST, WAITING_MAX, Events, Said, news
 
 
 def row(kind: str, status: str, reason: str, message: str = "m", generation: int = 1) -> dict[str, Any]:
@@ -84,6 +84,25 @@ async def test_what_comes_too_fast_is_left_out() -> None:
     posted.keep([])
     await posted.post([(pool, SERVING, ill)])
     assert len(api.bodies) == BURST + 3, "a pool of that name which was made anew"
+
+
+async def test_a_cycle_posts_only_so_many() -> None:
+    api: Any = Api()
+    posted = Events(api, "holder")
+    pools = [{"metadata": {"namespace": "a", "name": f"p{i}"}} for i in range(30)]
+    await posted.post([(p, {}, SERVING) for p in pools])
+    assert len(api.bodies) == AT_ONCE
+    await posted.post([])
+    await posted.post([])
+    assert len(api.bodies) == 3 * len(pools) == 90
+    assert {b["regarding"]["name"] for b in api.bodies} == {p["metadata"]["name"] for p in pools}
+    await posted.post([])
+    assert len(api.bodies) == 90
+    api.bodies.clear()
+    await posted.post([({"metadata": {"namespace": "a", "name": f"q{i}"}}, {}, SERVING) for i in range(1000)])
+    for _ in range(100):
+        await posted.post([])
+    assert len(api.bodies) == WAITING_MAX, "memory is bounded"
 
 
 async def test_an_event_that_is_refused_stops_nothing() -> None:
