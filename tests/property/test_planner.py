@@ -1,5 +1,6 @@
 """What must hold of every plan, whatever fleet, demand and budget."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -142,6 +143,12 @@ def test_the_mix_decides_tp_and_the_reasons_say_why() -> None:
     assert "2xTP1 -> 1xTP2" in strict.pools[0].reasons[-1]
     assert strict.pools[0].verdict is Verdict.CHANGE
     assert strict.pools[0].rejected
+    costly = plan(snapshot((pool(budget=2),), applied(nodes, loose), now=100, interactive=0.6, agents=0.5), 100.0)
+    for reason in (strict.pools[0].reasons[-1], costly.pools[0].reasons[-1]):
+        found = re.search(r"expected goodput (\S+) -> (\S+) requests/s(, but (\S+) -> (\S+) by target and weight)?", reason)
+        assert found is not None, reason
+        gains = found[3] is None
+        assert float(found[2]) > float(found[1]) if gains else float(found[5]) > float(found[4]), f"no reason to change: {reason}"
 
 
 def test_frozen_advisory_stale_and_flipping_keep_what_runs() -> None:
