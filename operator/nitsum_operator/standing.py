@@ -88,7 +88,7 @@ class Standing:
                 return "True", a.trouble, f"{a.agent_id}: {a.problem or 'no report'}; its GPUs count as used."
             if a.report.draining:
                 return "True", Reason.DRAINING, f"{a.agent_id} is draining."
-            if a.leaving and a.report.groups:
+            if a.leaving and any(r in self.groups for r in a.report.groups):
                 return "True", Reason.DRAINING, f"{a.agent_id}: its Node is tainted nitsum.io/drain; what it runs goes elsewhere."
             if self.rejections.get(a.agent_id):
                 return "True", Reason.DIRECTIVE_REJECTED, f"{a.agent_id}: {self.rejections[a.agent_id]}"

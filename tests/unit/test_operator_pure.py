@@ -401,6 +401,9 @@ def test_a_node_that_is_to_be_drained_is_emptied_and_comes_back() -> None:
     for cordoned in (False, True):  # as `kubectl drain` leaves a node
         assert plan(full, other, taints=[DRAIN], cordoned=cordoned) == [0, 1], "a budget of two, one of them is not free yet"
     assert reason(shown(fleet.agents["n1"]), "Degraded") == ("True", "Draining")
+    full.report.groups[0].group.pool.name = "a/q"
+    assert reason(shown(fleet.agents["n1"]), "Degraded") == ("False", "Healthy"), "that is the other pool's business"
+    full.report.groups[0].group.pool.name = "a/p"
     assert plan(empty, other, taints=[DRAIN]) == [0, 2]
     assert reason(shown(fleet.agents["n1"]), "Degraded") == ("False", "Healthy"), "it was asked for, and is done"
     [serving] = [c for c in node_status(fleet.agents["n1"], {}, "2026-01-01T00:00:00Z").conditions or [] if c.type == "Serving"]
