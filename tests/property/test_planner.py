@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.demand import TierDemand
+from nitsum.layout import Layout
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, Plan, PlannerSettings, Snapshot, Verdict, exact, greedy
 from nitsum.planner.problem import Class, Kind, Problem, Want
@@ -92,6 +93,23 @@ def test_budgets_and_gpus_hold_through_every_change(sizes: list[int], budgets: l
             nodes = applied(nodes, p)
         used = sum(g.tp_size for n in p.nodes for g in n.layout.groups)
         assert used == min(sum(sizes), sum(budgets)), "GPUs within the budget stand idle"
+
+
+def test_what_gathers_on_one_node_under_a_full_budget_serves_on_meanwhile() -> None:
+    """Two groups of TP 1 on two nodes become one of TP 2: the budget lets it wake only after one of them has gone."""
+    spread = applied(fleet(2, 2), plan(snapshot((pool(budget=4),), fleet(2, 2), agents=3.0), 0.0))
+    assert [[g.tp_size for g in n.layout.groups] for n in spread] == [[1, 1], [1, 1]]
+    nodes = tuple(replace(n, layout=Layout(n.layout.groups[:1])) for n in spread)
+    seen = []
+    for i in range(3):
+        now = 100.0 * (i + 1)
+        p = plan(snapshot((pool(budget=2),), nodes, now=now, interactive=0.3, agents=0.05), now)
+        for n, before in zip(p.nodes, nodes, strict=True):
+            if n.layout.groups:
+                assert set(n.residency.engines) >= {e for e in before.residency.engines if e.tp_size == 2}, "else it starts cold"
+        nodes = applied(nodes, p)
+        seen.append(sorted(widths(p)))
+    assert seen == [[1], [2], [2]]
 
 
 @settings(max_examples=15, deadline=None)

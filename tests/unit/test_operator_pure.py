@@ -412,6 +412,9 @@ def test_a_node_that_is_to_be_drained_is_emptied_and_comes_back() -> None:
     assert plan(empty, other, taints=[]) == [2, 0], "it is as good as any other again"
     store.saw_node("n2", {}, [DRAIN])
     assert plan(full, other, taints=[DRAIN]) == [2, 0], "there is no other node"
+    assert plan(empty, other, taints=[DRAIN]) == [0, 0], "but nothing comes to a node that is to be drained"
+    store.saw_node("n2", {}, [], cordoned=True)
+    assert plan(empty, other, taints=[DRAIN]) == [0, 0]
 
 
 def test_what_one_agent_says_wrongly_does_not_stop_the_plan_of_all() -> None:

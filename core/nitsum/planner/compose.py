@@ -41,30 +41,69 @@ def as_placed(q: PoolQuestion, nodes: Iterable[NodeView] | None = None) -> list[
 
 
 def engine_id(q: PoolQuestion, first_index: int, tp_size: int) -> str:
-    return f"{q.pool.name.replace('/', '.')[:80]}-tp{tp_size}-{first_index}{q.mark}"
+    return f"{_prefix(q.pool.name)}{tp_size}-{first_index}{q.mark}"
 
 
-def _affordable(d: Decided, snapshot: Snapshot) -> tuple[Placed, ...]:
-    """On one node what ends does so before what comes wakes, so there the larger of the two counts; between nodes both do."""
-    name = d.q.pool.name
-    before = {n.node.agent_id: {g.gpu_uuids: g.tp_size for g in n.layout.groups if g.pool == name} for n in snapshot.nodes}
-    held = {a: sum(groups.values()) for a, groups in before.items()}
-    most = d.q.pool.budget_gpus - len(set(snapshot.holds.get(name, ())))
-    total, after = sum(held.values()), dict.fromkeys(held, 0)
-    found = []
-    for p in sorted(d.placed, key=lambda p: (p.key[2] not in before[p.agent_id], p.key)):
-        new = after[p.agent_id] + len(p.gpus)
-        more = max(new - max(held[p.agent_id], after[p.agent_id]), 0)
-        if not more or total + more <= most:
-            after[p.agent_id], total = new, total + more
-            found.append(p)
-    return tuple(found)
+def _prefix(pool: str) -> str:
+    return f"{pool.replace('/', '.')[:80]}-tp"
+
+
+class _Budget:
+    """Of one pool, while nodes change one by one. On one node what ends does so before what comes wakes, so there the larger of the two
+    counts; between nodes both do."""
+
+    def __init__(self, d: Decided, snapshot: Snapshot) -> None:
+        name = d.q.pool.name
+        self.before = {n.node.agent_id: {g.gpu_uuids: g.tp_size for g in n.layout.groups if g.pool == name} for n in snapshot.nodes}
+        self.held = {a: sum(groups.values()) for a, groups in self.before.items()}
+        self.most = d.q.pool.budget_gpus - len(set(snapshot.holds.get(name, ())))
+        self.total, self.after = sum(self.held.values()), dict.fromkeys(self.held, 0)
+
+    def take(self, p: Placed) -> bool:
+        new = self.after[p.agent_id] + len(p.gpus)
+        more = max(new - max(self.held[p.agent_id], self.after[p.agent_id]), 0)
+        if more and self.total + more > self.most:
+            return False
+        self.after[p.agent_id], self.total = new, self.total + more
+        return True
+
+
+Key = tuple[str, str, tuple[str, ...]]
+
+
+def _affordable(decided: list[Decided], snapshot: Snapshot) -> tuple[list[Decided], dict[str, list[Placed]], set[Key]]:
+    """What may come in this plan; by pool what must wait for the next one; and groups that stay as they are until then, since they would
+    end now and nothing would follow."""
+    found, waiting, stays = [], dict[str, list[Placed]](), set[Key]()
+    budgets = {d.q.pool.name: _Budget(d, snapshot) for d in decided}
+    for d in decided:
+        budget = budgets[d.q.pool.name]
+        ordered = sorted(d.placed, key=lambda p: (p.key[2] not in budget.before[p.agent_id], p.key))
+        taken = [p for p in ordered if budget.take(p)]
+        if len(taken) < len(ordered):
+            kept = {p.key for p in taken}
+            waiting[d.q.pool.name] = [p for p in ordered if p.key not in kept]
+        found.append(replace(d, placed=tuple(taken)))
+    if not waiting:
+        return found, waiting, stays
+    used = {u for d in found for p in d.placed for u in p.key[2]}
+    for i, d in enumerate(found):
+        nodes = {p.agent_id for p in waiting.get(d.q.pool.name, ())}
+        mine = []
+        for p in as_placed(d.q) if nodes else ():
+            if p.agent_id in nodes and not used & set(p.key[2]) and budgets[d.q.pool.name].take(p):
+                used |= set(p.key[2])
+                mine.append(p)
+        if mine:
+            stays |= {p.key for p in mine}
+            found[i] = replace(d, placed=(*d.placed, *mine))
+    return found, waiting, stays
 
 
 def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resident: bool = True) -> Plan:
     """`resident` False: which engines are warm stays as it is."""
     names = {p.name for p in snapshot.pools}
-    decided = [replace(d, placed=_affordable(d, snapshot)) for d in decided]
+    decided, waiting, stays = _affordable(decided, snapshot)
     by_node: dict[str, list[tuple[Decided, Placed]]] = {n.node.agent_id: [] for n in snapshot.nodes}
     for d in decided:
         for p in d.placed:
@@ -86,14 +125,16 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
             kept = n.layout.groups if agent_id in late else tuple(g for g in n.layout.groups if g.pool in names)
             nodes.append(NodePlan(agent_id, n.residency, Layout(kept)))
             continue
-        groups = [_group(d, p, runs[agent_id].get((p.pool, p.key[2])), snapshot, limits, capacity) for d, p in by_node[agent_id]]
-        nodes.append(
-            NodePlan(
-                agent_id,
-                _residency(by_node[agent_id], n, groups) if resident else n.residency,
-                Layout(tuple(sorted(groups, key=lambda g: g.group_id))),
-            )
-        )
+        groups = [
+            runs[agent_id][p.pool, p.key[2]]
+            if p.key in stays
+            else _group(d, p, runs[agent_id].get((p.pool, p.key[2])), snapshot, limits, capacity)
+            for d, p in by_node[agent_id]
+        ]
+        residency = _residency(by_node[agent_id], n, groups) if resident else n.residency
+        if waiting and resident:
+            residency = _still(residency, n, [p for ps in waiting.values() for p in ps if p.agent_id == agent_id], groups)
+        nodes.append(NodePlan(agent_id, residency, Layout(tuple(sorted(groups, key=lambda g: g.group_id)))))
     return Plan(_digest(nodes), tuple(nodes), tuple(d.plan for d in decided))
 
 
@@ -171,3 +212,14 @@ def _residency(mine: list[tuple[Decided, Placed]], n: NodeView, groups: list[Gro
     for g in groups:
         engines.setdefault(g.engine_id, ResidentEngine(g.engine_id, g.model, g.tp_size, g.gpu_uuids))
     return Residency(tuple(engines[i] for i in sorted(engines)))
+
+
+def _still(residency: Residency, n: NodeView, waiting: list[Placed], groups: list[Group]) -> Residency:
+    """With a pool's engines that are warm where its groups wait to come: they would start cold in a moment."""
+    found = {e.engine_id: e for e in residency.engines}
+    for p in waiting:
+        mine, others = set(p.key[2]), {u for g in groups if g.pool != p.pool for u in g.gpu_uuids}
+        warm = [e for e in n.residency.engines if mine.issuperset(e.gpu_uuids) and e.engine_id.startswith(_prefix(p.pool))]
+        if not mine & others:
+            found = {e.engine_id: e for e in warm} | found
+    return Residency(tuple(found[i] for i in sorted(found)))

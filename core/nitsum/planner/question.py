@@ -112,7 +112,7 @@ def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], bu
 def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     ordered = sorted((n for n in snapshot.nodes if n.schedulable), key=lambda n: n.node.agent_id)
     matching = [n for n in ordered if set(pool.node_selector) <= set(n.node.labels)]
-    inside = [n for n in matching if not n.leaving] or matching
+    inside = [n for n in matching if not n.leaving] or [n for n in matching if any(g.pool == pool.name for g in n.layout.groups)]
     agents = {n.node.agent_id for n in inside}
     had: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {
         (pool.name, n.node.agent_id, g.gpu_uuids): _meant(g) for n in ordered for g in n.layout.groups if g.pool == pool.name

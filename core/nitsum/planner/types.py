@@ -28,7 +28,7 @@ class NodeView:
     """False: lost, cordoned or draining. What it has stays as it is, and its GPUs still count against budgets."""
     last_flip_at: float | None = None
     leaving: bool = False
-    """To be emptied: what it has goes to other nodes. A pool that may use no other stays."""
+    """To be emptied: what it has goes to other nodes, and nothing comes. A pool that may use no other stays."""
 
 
 @dataclass(frozen=True)
