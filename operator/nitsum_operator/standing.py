@@ -12,7 +12,9 @@ from nitsum_api.resources import Condition
 from nitsum_api.types.v1 import types_pb2
 from nitsum_operator.accept import Judgement
 from nitsum_operator.observe import Agent
+from nitsum_operator.routes import may_serve
 
+MOVING = (types_pb2.GROUP_STATE_CLOSING, types_pb2.GROUP_STATE_OPENING)
 Row = tuple[str, str, str]
 """Status, reason, message."""
 
@@ -67,13 +69,23 @@ class Standing:
             PoolCondition.PROGRESSING: self._progressing(),
         }
 
+    @property
+    def _flips(self) -> bool:
+        return any(a.report.flip.outcome == agent_pb2.FlipReport.OUTCOME_RUNNING for a in self.agents if a.connected)
+
     def _ready(self) -> Row:
         if self.judged.accepted is None:
             return "False", Reason.NOT_ACCEPTED, "No spec was accepted yet; see Accepted."
         if self.opened:
             return "True", Reason.SERVING, f"{self.opened} of {len(self.groups)} groups serve."
+        if self._flips and any(g.state in MOVING for g in self.groups):
+            return "True", Reason.SERVING, "A flip is running; requests wait for the new layout."
         if not self.agents:
             return "False", Reason.NO_AGENTS, "No node with an agent matches spec.budget.nodeSelector."
+        name = self.judged.accepted.pool.name
+        away = [a for a in self.lost if may_serve(a) and any(r.group.pool.name == name for r in a.report.groups)]
+        if away and not self.groups:
+            return "Unknown", away[0].trouble, f"{away[0].agent_id}: {away[0].problem}; whether its engine host serves on is not seen here."
         if any(g.state == types_pb2.GROUP_STATE_FAILED for g in self.groups):
             return "False", Reason.ENGINES_FAILED, next((a.report.problem for a in self.agents if a.report.problem), "Engines failed.")
         if self.plan is None:
@@ -131,10 +143,9 @@ class Standing:
         return self.judged.accepted.pool.mode if self.judged.accepted is not None else None
 
     def _progressing(self) -> Row:
-        heard = [a for a in self.agents if a.connected]
-        if any(a.report.flip.outcome == agent_pb2.FlipReport.OUTCOME_RUNNING for a in heard):
+        if self._flips:
             return "True", Reason.FLIPPING, "A flip between warm engines is running."
-        if any(a.in_progress for a in heard) or (self.wanted and self.wanted != self.runs):
+        if any(a.in_progress for a in self.agents if a.connected) or (self.wanted and self.wanted != self.runs):
             return "True", Reason.CHANGING_RESIDENCY, "Engines are being started or stopped."
         if self.judged.accepted is None:
             return "False", Reason.NOT_ACCEPTED, "No spec is in force, so there is nothing to change; see Accepted."

@@ -20,7 +20,7 @@ class PoolCondition(StrEnum):
         return member
 
     ACCEPTED = "Accepted", "The spec makes sense and is the one that is acted on. False: what ran before stays."
-    READY = "Ready", "At least one group serves the pool."
+    READY = "Ready", "At least one group serves the pool, or will when the flip that runs now is over."
     DEGRADED = "Degraded", "Something that should work does not; the message names it. Serving goes on with what is left."
     AGENTS_CONNECTED = "AgentsConnected", "Every agent that the pool may use reports."
     FEASIBLE = "Feasible", "The plan expects every tier to reach its target within the budget."
@@ -106,8 +106,16 @@ class Reason(StrEnum):
     NO_PLAN_YET = "NoPlanYet", "Feasible=Unknown, Progressing=False", "Nothing has been planned yet."
 
     ALL_CONNECTED = "AllConnected", "AgentsConnected=True, Connected=True", "Reports arrive."
-    AGENT_LOST = "AgentLost", "AgentsConnected=False, Connected=False, Degraded=True", "An agent cannot be reached; its GPUs count as used."
-    STALE_REPORTS = "StaleReports", "AgentsConnected=False, Connected=False, Degraded=True", "Reports are too old to plan with."
+    AGENT_LOST = (
+        "AgentLost",
+        "AgentsConnected=False, Connected=False, Degraded=True, Ready=Unknown",
+        "An agent cannot be reached; its GPUs count as used.",
+    )
+    STALE_REPORTS = (
+        "StaleReports",
+        "AgentsConnected=False, Connected=False, Degraded=True, Ready=Unknown",
+        "Reports are too old to plan with.",
+    )
     CONTRACT_VERSION_MISMATCH = (
         "ContractVersionMismatch",
         "AgentsConnected=False, Connected=False, Degraded=True",

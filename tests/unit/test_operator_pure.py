@@ -295,11 +295,19 @@ def test_a_node_that_dies_in_a_flip_does_not_hold_the_pool_for_ever() -> None:
     found = link("n1", "n1", "g0", groups=[agent_pb2.GroupReport(group=group)], flip=flip, in_progress_operation_id="o")
     fleet.observe([found], store)
     assert fleet.flipping("a/p") == {"t"}
+    assert reason(shown(fleet.agents["n1"]), "Ready") == ("False", "AwaitingEngines")
+    for state in (types_pb2.GROUP_STATE_CLOSING, types_pb2.GROUP_STATE_OPENING):
+        found.report.groups[0].state = state
+        assert reason(shown(fleet.agents["n1"]), "Ready") == ("True", "Serving"), "its requests wait, and nobody need look"
     assert reason(shown(fleet.agents["n1"]), "Progressing") == ("True", "Flipping")
     found.heard_at = -100.0
     fleet.observe([found], store)
     assert not fleet.flipping("a/p"), "else demand would be frozen until its Node is deleted"
     assert reason(shown(fleet.agents["n1"]), "Progressing")[1] != "Flipping"
+    assert reason(shown(fleet.agents["n1"]), "Ready") == ("Unknown", "StaleReports"), "its host may serve on"
+    found.endpoint = replace(found.endpoint, terminating=True)
+    fleet.observe([found], store)
+    assert reason(shown(fleet.agents["n1"]), "Ready")[0] == "False"
 
 
 def test_who_claims_to_be_another_agent_is_left_alone() -> None:
