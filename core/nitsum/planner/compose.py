@@ -1,7 +1,7 @@
 """From decided groups to a Plan: layouts and residencies of nodes, shares and limits of groups.
 
 Invariants: no GPU twice (Layout), engines of a layout are resident, and no pool above its budget at any instant: what it holds now counts
-until it is gone, so what it gets elsewhere waits for the next plan where both together were too much.
+until it is gone, so what it gets elsewhere waits for the next plan where both together were too much, and what runs there stays until then.
 """
 
 import hashlib
