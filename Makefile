@@ -32,9 +32,12 @@ preflight: ## What this machine lacks, each with its remedy
 	@$(NEEDS_PYTHON)
 	@PYTHONPATH=local PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m nitsum_local.preflight
 
+# Tests and demo run on CPU, where SGLang never calls FlashInfer but imports it wherever it is installed: 2 s of each import.
+# For a GPU: uv sync --extra engine
+CPU_ONLY := --no-install-package flashinfer-python
 .PHONY: sync
 sync: $(if $(filter .nitsum/%,$(UV)),.nitsum/uv/bin/uv) ## The Python environment, as uv.lock says
-	@$(UV) sync --frozen --extra engine --extra profile --extra report --group models
+	@$(UV) sync --frozen --extra engine --extra profile --extra report --group models $(CPU_ONLY)
 
 .PHONY: generate
 generate: sync ## Python code of the protobuf contracts

@@ -47,6 +47,8 @@ class Settings:
     device: str = "cpu"
     dtype: str = ""
     """Of weights and KV; empty: as each checkpoint says."""
+    zygote: str = ""
+    """Socket of the zygote, for what else needs SGLang."""
     make: Callable[[EngineSpec], Engine] = field(kw_only=True)
     prepare: Callable[[], Awaitable[None]] = field(default=_nothing, kw_only=True)
     """Awaited before each start of an engine, e.g. to start the zygote again. Raises EngineEnded."""
@@ -59,7 +61,7 @@ class Engines:
     def __init__(self, node: Node, settings: Settings, on_ended: Callable[[str], None]) -> None:
         self.node, self.settings, self.on_ended = node, settings, on_ended
         self.awake = Awake(node)
-        self.stores = Stores(settings.state_dir, settings.memory_dir, settings.dtype)
+        self.stores = Stores(settings.state_dir, settings.memory_dir, settings.dtype, settings.zygote if settings.device == "cpu" else "")
         self.tasks: set[asyncio.Task[None]] = set()
         self.revisions: dict[str, str] = {}
         self.stopping = False

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 from nitsum_sglang.zygote import die_with_parent
+from nitsum_sglang.zygote_client import unserved_modules
 
 
 def free_port() -> int:
@@ -29,6 +30,7 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
     env = {
         **os.environ,
         "SGLANG_PLUGINS": "nitsum_cpu",
+        "SGLANG_DISABLED_MODEL_ARCHS": unserved_modules(),
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(tp_size)),
         "SGLANG_USE_CPU_ENGINE": "0",
