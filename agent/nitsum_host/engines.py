@@ -29,6 +29,8 @@ WAKE_S = 60.0
 END_S = 30.0
 """From SIGKILL to the last process gone; past it the report calls it a problem."""
 END_AGAIN_S = 5.0
+STARTS_AT_ONCE = 4
+"""Engines of one directive: loading and warming up each keep a core or two busy."""
 FOLDER_MAX = 40
 """Characters of an engine's folder: it holds Unix sockets, whose names are short."""
 
@@ -86,6 +88,18 @@ class Engines:
             if slot is not None and (_of(slot.wire) != _of(wire) or _from(slot.engine.spec) != (path, self.revisions.get(path, ""))):
                 found.add(wire.engine_id)
         return frozenset(found)
+
+    async def ensure_all(self, wires: Iterable[types_pb2.ResidentEngine], paths: dict[str, str]) -> None:
+        """In this order, some at a time; their warm-ups take turns on GPUs. Raises the first failure when all have ended their tries."""
+        free = asyncio.Semaphore(STARTS_AT_ONCE)
+
+        async def one(wire: types_pb2.ResidentEngine) -> None:
+            async with free:
+                await self.ensure(wire, paths[wire.model])
+
+        for result in await asyncio.gather(*(one(wire) for wire in wires), return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     async def ensure(self, wire: types_pb2.ResidentEngine, model_path: str) -> None:
         """Starts and warms one engine unless it is there. Raises what kept it from coming up; then it is not there."""
