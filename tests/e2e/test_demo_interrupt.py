@@ -140,5 +140,5 @@ async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path
     left = {pid: line for pid, line in descendants().items() if pid not in processes}
     assert not left, left
     found = {t for t in traces() - before if not neighbours(t)}
-    await asyncio.sleep(5 if found else 0)  # a neighbour's may just be on its way out
-    assert not found & traces()
+    await asyncio.sleep(5 if found else 0)  # a neighbour's may just be on its way out, or in
+    assert not {t for t in found & traces() if not neighbours(t)}

@@ -56,6 +56,10 @@ TINY = Program(
     ("interactive", "agents"),
     _acts(Load("interactive", 0.5, 48, 3), Load("agents", 3.0, 128, 8), Load("agents", 0.3, 128, 2), 4, 90),
 )
-BRIEF = replace(TINY, acts=(Act("a moment of everything", (Load("interactive", 2, 16, 2), Load("agents", 2, 32, 2)), 0, 2, 2),))
-"""For tests that interrupt the demo: every phase, no waiting for a flip."""
+BRIEF = replace(
+    TINY,
+    nodes=(NodeSpec("node-0", 2), NodeSpec("node-1", 1)),
+    acts=(Act("a moment of everything", (Load("interactive", 2, 16, 2), Load("agents", 2, 32, 2)), 0, 2, 2),),
+)
+"""For tests that interrupt the demo: every phase, both kinds of engine, no waiting for a flip."""
 PROGRAMS = {"smollm2": SMOLLM2, "tiny": TINY, "brief": BRIEF}
