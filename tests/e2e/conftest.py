@@ -111,8 +111,8 @@ async def system(stock: object, tmp_path_factory: pytest.TempPathFactory) -> Asy
         await stage.start_control_plane()
         await stage.install({"config": {"planner": PLANNER, "profile": {"onlineCorrection": False}}})
         await stage.start_operator()
-        await stage.start_nodes()
         await stage.start_gateway()
+        await stage.start_nodes()
         manifest = pool_manifest(ROOT / "examples/tiny.yaml", tiny_llama())
         manifest["spec"]["budget"]["gpus"] = 4
         await create_pool(stage.api, "default", manifest)

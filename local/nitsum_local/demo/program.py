@@ -30,7 +30,8 @@ class Program:
     tiers: tuple[str, ...]
     acts: tuple[Act, ...]
     others: tuple[tuple[str, str], ...] = ()
-    max_total_tokens: int = 8192
+    max_total_tokens: int = 4096
+    """KV tokens of each engine: the traffic needs some 800, and pages that a process first writes to cost it time."""
 
 
 def _acts(interactive: Load, agents: Load, few: Load, linger_s: float, most_s: float) -> tuple[Act, ...]:
