@@ -47,7 +47,8 @@ SMOLLM2 = Program(
     "chat",
     (NodeSpec("node-0", 3), NodeSpec("node-1", 2)),
     ("interactive", "agents"),
-    _acts(Load("interactive", 0.25, 24, 2), Load("agents", 1.0, 64, 8), Load("agents", 0.05, 64, 1), 6, 90),
+    # The planner knows how long agents' answers are when the first of them ends, and flips then.
+    _acts(Load("interactive", 0.25, 24, 2), Load("agents", 1.0, 48, 8), Load("agents", 0.05, 48, 1), 6, 90),
     others=(("tiny", "tiny"),),
 )
 TINY = Program(
