@@ -29,6 +29,8 @@ WAKE_S = 60.0
 END_S = 30.0
 """From SIGKILL to the last process gone; past it the report calls it a problem."""
 END_AGAIN_S = 5.0
+STARTS_AT_ONCE = 4
+"""Engines of one directive: loading and warming up each keep a core or two busy."""
 FOLDER_MAX = 40
 """Characters of an engine's folder: it holds Unix sockets, whose names are short."""
 
@@ -47,6 +49,8 @@ class Settings:
     device: str = "cpu"
     dtype: str = ""
     """Of weights and KV; empty: as each checkpoint says."""
+    zygote: str = ""
+    """Socket of the zygote, for what else needs SGLang."""
     make: Callable[[EngineSpec], Engine] = field(kw_only=True)
     prepare: Callable[[], Awaitable[None]] = field(default=_nothing, kw_only=True)
     """Awaited before each start of an engine, e.g. to start the zygote again. Raises EngineEnded."""
@@ -59,7 +63,7 @@ class Engines:
     def __init__(self, node: Node, settings: Settings, on_ended: Callable[[str], None]) -> None:
         self.node, self.settings, self.on_ended = node, settings, on_ended
         self.awake = Awake(node)
-        self.stores = Stores(settings.state_dir, settings.memory_dir, settings.dtype)
+        self.stores = Stores(settings.state_dir, settings.memory_dir, settings.dtype, settings.zygote if settings.device == "cpu" else "")
         self.tasks: set[asyncio.Task[None]] = set()
         self.revisions: dict[str, str] = {}
         self.stopping = False
@@ -84,6 +88,18 @@ class Engines:
             if slot is not None and (_of(slot.wire) != _of(wire) or _from(slot.engine.spec) != (path, self.revisions.get(path, ""))):
                 found.add(wire.engine_id)
         return frozenset(found)
+
+    async def ensure_all(self, wires: Iterable[types_pb2.ResidentEngine], paths: dict[str, str]) -> None:
+        """In this order, some at a time; their warm-ups take turns on GPUs. Raises the first failure when all have ended their tries."""
+        free = asyncio.Semaphore(STARTS_AT_ONCE)
+
+        async def one(wire: types_pb2.ResidentEngine) -> None:
+            async with free:
+                await self.ensure(wire, paths[wire.model])
+
+        for result in await asyncio.gather(*(one(wire) for wire in wires), return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
 
     async def ensure(self, wire: types_pb2.ResidentEngine, model_path: str) -> None:
         """Starts and warms one engine unless it is there. Raises what kept it from coming up; then it is not there."""

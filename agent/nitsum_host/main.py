@@ -82,6 +82,7 @@ async def serve(args: argparse.Namespace) -> None:
         args.seed_exact,
         not args.no_weight_store,
         dtype=args.dtype,
+        zygote=zygote.socket_path if zygote.forks else "",
         make=make,
         prepare=prepare,
     )

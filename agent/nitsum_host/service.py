@@ -166,8 +166,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
                 if self.problem:
                     return
             # Cold first, while what serves goes on; widest engines last, since they touch most GPUs.
-            for wire in sorted(d.residency, key=lambda e: (e.tp_size, e.engine_id)):
-                await self.engines.ensure(wire, paths[wire.model])
+            await self.engines.ensure_all(sorted(d.residency, key=lambda e: (e.tp_size, e.engine_id)), paths)
             wires = {g.group_id: g for g in d.layout}
             self._adjust(layout, wires)
             await self._flip(d, layout, wires)

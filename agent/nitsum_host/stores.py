@@ -22,8 +22,9 @@ class Store:
 
 
 class Stores:
-    def __init__(self, state_dir: Path, memory_dir: Path, dtype: str = "") -> None:
-        self.state_dir, self.folder, self.dtype = state_dir, memory_dir / "weights", dtype
+    def __init__(self, state_dir: Path, memory_dir: Path, dtype: str = "", zygote: str = "") -> None:
+        """`zygote`: socket of one for CPU; without it every store imports SGLang for the rotary embedding."""
+        self.state_dir, self.folder, self.dtype, self.zygote = state_dir, memory_dir / "weights", dtype, zygote
         self.stores: dict[str, Store] = {}
         self._turn = asyncio.Lock()
         self._started = 0
@@ -43,7 +44,7 @@ class Stores:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         socket, self._started = str(self.state_dir / f"w{self._started}.sock"), self._started + 1
         flags = ["--model", model_path, "--socket", socket, "--memory-dir", str(self.folder), "--die-with-parent"]
-        flags += ["--dtype", self.dtype]
+        flags += ["--dtype", self.dtype, "--zygote", self.zygote]
         with (self.state_dir / "weights.log").open("ab") as out:
             process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "nitsum_sglang.weights.store", *flags, stdout=asyncio.subprocess.PIPE, stderr=out

@@ -11,7 +11,8 @@ from typing import Any
 from nitsum.errors import UnsupportedModel
 from nitsum.model import ModelFacts
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+"""Those that are served, each with its module in `sglang.srt.models`."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_AS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 HEADER_BYTES_MAX = 100 << 20

@@ -8,8 +8,10 @@ status = await child.exited
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nitsum_sglang.checkpoint import ARCHITECTURES
 from nitsum_sglang.zygote import FRAME_BYTES_MAX, SELF_CHECK_FAILED
 
 PRELOAD_ENGINE = (
@@ -46,12 +49,22 @@ class ZygoteEnded(Exception):
     """The zygote is not there (any more); the message carries the tail of its log."""
 
 
+def unserved_modules() -> str:
+    """For SGLANG_DISABLED_MODEL_ARCHS: the files of `sglang.srt.models` that no model of ours needs, some 200, and 2 s to import."""
+    found = importlib.util.find_spec("sglang")
+    folders = [Path(f, "srt/models") for f in found.submodule_search_locations or ()] if found else []
+    return ",".join(
+        sorted({f.stem for folder in folders for f in folder.glob("*.py")} - set(ARCHITECTURES.values()) - {"registry", "__init__"})
+    )
+
+
 def environment(device: str = "cpu") -> dict[str, str]:
     """This process's environment with what SGLang must find before it is imported."""
     env = dict(os.environ)
     env |= {
         "SGLANG_USE_PICKLE_IPC": "0",  # its sockets carry pickle by default
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+        "SGLANG_DISABLED_MODEL_ARCHS": unserved_modules(),
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -79,6 +92,47 @@ def log_tail(path: str | Path, bytes_max: int = 4096) -> str:
             return f.read().decode(errors="replace")
     except OSError as error:
         return f"(no log: {error})"
+
+
+def _ask(socket_path: str, frame: bytes, log_fd: int) -> tuple[dict[str, Any], int, socket.socket | None]:
+    """The zygote's answer, and of a child its pidfd and the connection on which its status will come. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.settimeout(FORK_TIMEOUT_S)
+        connection.connect(socket_path)
+        socket.send_fds(connection, [frame], [log_fd])
+        answer, fds, _, _ = socket.recv_fds(connection, FRAME_BYTES_MAX, 1)
+        if not answer:
+            raise ConnectionResetError("it closed the connection")
+        reply = json.loads(answer)
+        if "error" in reply:
+            connection.close()
+            return reply, -1, None
+        connection.setblocking(False)
+        return reply, fds[0], connection
+    except BaseException:
+        connection.close()
+        raise
+
+
+def run_to_end(socket_path: str, target: str, args: Mapping[str, Any], timeout_s: float) -> int:
+    """Runs `target(args)` in a child of the zygote that listens there, its log to our stderr, and waits; for callers without an event loop.
+
+    Returns the wait status. Raises OSError where no zygote answers, ValueError for a request that it refuses, TimeoutError: it was killed.
+    """
+    reply, pidfd, connection = _ask(socket_path, json.dumps({"target": target, "args": dict(args)}).encode(), sys.stderr.fileno())
+    if connection is None:
+        raise ValueError(f"the zygote refused: {reply['error']}")
+    with connection:
+        try:
+            if not select.select([connection], [], [], timeout_s)[0]:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                raise TimeoutError(f"{target} did not end within {timeout_s:g} s")
+        finally:
+            os.close(pidfd)
+        if not (frame := connection.recv(4096)):
+            raise ConnectionResetError("the zygote ended")
+        return int(json.loads(frame)["status"])
 
 
 @dataclass
@@ -145,16 +199,6 @@ class Zygote:
         finally:
             os.close(log)
 
-    def _connect(self) -> socket.socket:
-        s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        s.settimeout(FORK_TIMEOUT_S)
-        try:
-            s.connect(self.socket_path)
-        except OSError:
-            s.close()
-            raise
-        return s
-
     def _answers(self) -> bool:
         return os.path.exists(self.socket_path)
 
@@ -183,22 +227,9 @@ class Zygote:
         return self._watch(reply["pid"], pidfd, connection)
 
     def _ask(self, frame: bytes, log_path: str) -> tuple[dict[str, Any], int, socket.socket | None]:
-        connection = self._connect()
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            socket.send_fds(connection, [frame], [log])
-            answer, fds, _, _ = socket.recv_fds(connection, FRAME_BYTES_MAX, 1)
-            if not answer:
-                raise ConnectionResetError("it closed the connection")
-            reply = json.loads(answer)
-            if "error" in reply:
-                connection.close()
-                return reply, -1, None
-            connection.setblocking(False)
-            return reply, fds[0], connection
-        except BaseException:
-            connection.close()
-            raise
+            return _ask(self.socket_path, frame, log)
         finally:
             os.close(log)
 

@@ -116,8 +116,15 @@ class Fronts:
             if front.child is not None:
                 await front.child.kill()
 
+    async def prepare(self) -> None:
+        """SGLang is imported before the first pool is there, whose front then starts in a second."""
+        try:
+            await self._warm()
+        except (ZygoteEnded, OSError) as error:  # the first front tries again, and says so
+            log.warning("the zygote did not start: %s", error)
+
     async def _warm(self) -> Zygote:
-        """Started at the first need, and again when it has died: SGLang is imported once for all fronts, which end with it."""
+        """Started once, and again when it has died: SGLang is imported once for all fronts, which end with it."""
         async with self._one:
             if self.zygote is None or not self.zygote.alive:
                 if self.zygote is not None:

@@ -67,11 +67,12 @@ async def _serve(args: argparse.Namespace, run_dir: Path) -> None:
     for sig in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(sig, lambda: setattr(server, "should_exit", True))
     assert isinstance(config.ssl, ssl.SSLContext)
-    renewal = asyncio.create_task(https.renew(config.ssl, args.tls_dir))
+    tasks = [asyncio.create_task(https.renew(config.ssl, args.tls_dir)), asyncio.create_task(fronts.prepare())]
     try:
         await server.serve(sockets=[listener])
     finally:
-        renewal.cancel()
+        for task in tasks:
+            task.cancel()
         await fronts.stop()
         await asyncio.gather(control.stop(1), inside.stop(1))
 

@@ -196,6 +196,7 @@ class Stage:
         await asyncio.to_thread(announce_agent, self.api, node.name, agent_port, node_port, self.address)
 
     async def start_gateway(self, name: str = "gateway-0") -> None:
+        """Returns when it listens, and goes on importing SGLang: best started before the nodes, which import it too."""
         listen, control = f"127.0.0.1:{self.gateway_port}", f"{self.address}:{self.gateway_control_port}"
         words = ["--listen", listen, "--control-listen", control, "--tls-dir", str(self.tls / "gateway")]
         words += ["--state-dir", str(self.state_dir / "gateway"), "--gateway-id", name]

@@ -1,8 +1,9 @@
 """The whole system with the tiny model: control plane, chart, operator, gateway, two agents with their engine hosts. Once per session."""
 
 import asyncio
+import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nitsum_local.binaries import BinariesMissing, ensure
 from nitsum_local.demo.watch import PoolWatch, create_pool
 from nitsum_local.stage import NodeSpec, Stage, pool_manifest, wait_until
 from nitsum_sglang.testing.models import tiny_llama
-from nitsum_sglang.testing.stock import stock_server
+from nitsum_sglang.testing.stock import stock_starting
 
 from .kinds import Seen, reference
 
@@ -76,9 +77,18 @@ class Expected:
     profile: str
 
 
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable[[float], str], contextlib.ExitStack]]:
+    """A stock engine that starts while others do; whoever has asked it everything closes it."""
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context(stock_starting(tiny_llama(), tmp_path_factory.mktemp("stock"))), stack
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    with stock_server(tiny_llama(), tmp_path_factory.mktemp("stock")) as url:
+async def expected(stock: tuple[Callable[[float], str], contextlib.ExitStack], tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    ready, stack = stock
+    with stack:
+        url = await asyncio.to_thread(ready, 300)
         async with httpx.AsyncClient(base_url=url) as client:
             seen, stop = await reference(client, "default", MAX_TOKENS)
         out = tmp_path_factory.mktemp("profile") / "stock.json"
@@ -90,7 +100,8 @@ async def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+async def system(stock: object, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """`stock`: both take half a minute to start, each on one core."""
     try:
         binaries = await asyncio.to_thread(ensure)
     except BinariesMissing as e:
@@ -100,8 +111,8 @@ async def system(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Syst
         await stage.start_control_plane()
         await stage.install({"config": {"planner": PLANNER, "profile": {"onlineCorrection": False}}})
         await stage.start_operator()
-        await stage.start_nodes()
         await stage.start_gateway()
+        await stage.start_nodes()
         manifest = pool_manifest(ROOT / "examples/tiny.yaml", tiny_llama())
         manifest["spec"]["budget"]["gpus"] = 4
         await create_pool(stage.api, "default", manifest)

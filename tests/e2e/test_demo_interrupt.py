@@ -20,7 +20,7 @@ from nitsum_local.demo.phases import Phase
 from nitsum_sglang.testing.models import tiny_llama
 
 WITH_ENGINES = frozenset({Phase.NODES, Phase.GATEWAY, Phase.POOLS, Phase.TRAFFIC, Phase.REFERENCE, Phase.SUMMARY})
-"""Two of these at a time: a whole stage takes 4 to 5 GB. The rest have a lane of their own."""
+"""One of these at a time: a whole stage takes 4 GB, and `make test` has another one beside it. The rest have a lane of their own."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -115,11 +115,11 @@ async def interrupt(
     return ""
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path, temporary: Path) -> None:
     await asyncio.to_thread(ensure)
     await asyncio.to_thread(tiny_llama)
-    processes, before, lanes = set(descendants()), traces(), (asyncio.Semaphore(1), asyncio.Semaphore(2))
+    processes, before, lanes = set(descendants()), traces(), (asyncio.Semaphore(1), asyncio.Semaphore(1))
     twice = (Phase.NODES, Phase.TRAFFIC)
     runs = [(p, (signal.SIGINT, signal.SIGINT) if p in twice else (signal.SIGINT,)) for p in Phase if p is not Phase.CHART]
 
@@ -140,5 +140,5 @@ async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path
     left = {pid: line for pid, line in descendants().items() if pid not in processes}
     assert not left, left
     found = {t for t in traces() - before if not neighbours(t)}
-    await asyncio.sleep(5 if found else 0)  # a neighbour's may just be on its way out
-    assert not found & traces()
+    await asyncio.sleep(5 if found else 0)  # a neighbour's may just be on its way out, or in
+    assert not {t for t in found & traces() if not neighbours(t)}

@@ -28,9 +28,14 @@ async def stream_again(system: System, client: httpx.AsyncClient, kind: str, tie
     return seen
 
 
+def layout_of(tp_size: int) -> str:
+    """All of it, as status writes it."""
+    return f"{4 // tp_size}xTP{tp_size}"
+
+
 async def waves_until(system: System, client: httpx.AsyncClient, tier: str, stop: str, tp_size: int) -> list[Wave]:
     """Until the layout is all of `tp_size` and each kind has seen it."""
-    layout = f"{4 // tp_size}xTP{tp_size}"
+    layout = layout_of(tp_size)
     return await waves_while(system, client, tier, stop, lambda status: status.get("layout") == layout, f"the layout is {layout}")
 
 

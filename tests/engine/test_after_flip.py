@@ -39,7 +39,7 @@ async def test_after_a_flip_logits_are_a_stock_servers(zygote, tmp_path, stock_s
     model = str(MADE[which]())
     want_tokens, want = stock_scores(which)
     tmp_path.chmod(0o700)
-    async with weight_store(model, tmp_path, "") as (socket, ready):
+    async with weight_store(model, tmp_path, "", zygote) as (socket, ready):
         engines = {
             tp: SchedulerEngine(
                 EngineSpec(f"e{tp}", model, "r0", tp, tuple(f"gpu{i}" for i in range(tp)), str(tmp_path / f"e{tp}"), weight_socket=socket),

@@ -1,7 +1,6 @@
 """A stream that moves from TP 1 to TP 2 in its middle is, token for token, the stream that did not move."""
 
 import pytest
-from transformers import AutoTokenizer
 
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang.port import EngineRequest, Limits
@@ -27,6 +26,8 @@ def kinds() -> dict[str, node_pb2.Submit]:
 
 
 async def test_a_move_is_not_seen(start_engine: StartEngine) -> None:
+    from transformers import AutoTokenizer  # seconds, which every process that collects the tests would pay
+
     one, two = await start_engine(1), await start_engine(2)
     wanted = kinds()
     await one.wake()

@@ -32,14 +32,15 @@ MADE |= {
 
 
 @contextlib.asynccontextmanager
-async def weight_store(model: str, folder: Path, dtype: str = "float32") -> AsyncIterator[tuple[str, dict]]:
+async def weight_store(model: str, folder: Path, dtype: str, zygote: Zygote) -> AsyncIterator[tuple[str, dict]]:
     socket, memory = folder / "w.sock", tempfile.mkdtemp(prefix="nitsum-w", dir="/dev/shm")
     flags = ["--model", model, "--socket", str(socket), "--memory-dir", memory, "--dtype", dtype, "--die-with-parent"]
+    flags += ["--zygote", zygote.socket_path]
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "nitsum_sglang.weights.store", *flags, stdout=asyncio.subprocess.PIPE
     )
     try:
-        yield str(socket), json.loads(await process.stdout.readline())
+        yield str(socket), json.loads(await process.stdout.readline()) | {"memory": Path(memory)}
     finally:
         process.terminate()
         assert await process.wait() == 0
@@ -116,7 +117,7 @@ async def test_store_equals_stock_load(zygote, tmp_path, which, degrees, dtype) 
     served, facts = served_dtype(model, dtype), read_facts(model, "m", dtype)
     size, cos_sin = facts.weight_bytes, 4 * facts.context_length * facts.head_dim
     tmp_path.chmod(0o700)
-    async with weight_store(model, tmp_path, dtype) as (socket, ready):
+    async with weight_store(model, tmp_path, dtype, zygote) as (socket, ready):
         assert size <= ready["bytes"] <= 1.01 * size + cos_sin, "one copy, the cos/sin cache, ends of pages"
         for tp in degrees:
             # Slices of biases are no whole pages: every rank copies its own, here a few hundred bytes a layer.
@@ -129,3 +130,15 @@ async def test_store_equals_stock_load(zygote, tmp_path, which, degrees, dtype) 
             assert private == [0] * tp
             if size > 100 << 20:  # else it drowns in what SGLang itself allocates
                 assert (want_own - got_own) << 10 > 0.9 * size, "a copy in the heap"
+
+
+async def test_with_or_without_a_zygote_the_store_is_the_same(zygote, tmp_path) -> None:
+    """One that is named and not there, as after its end: the store imports SGLang itself."""
+    tmp_path.chmod(0o700)
+    gone = Zygote(tmp_path / "gone.sock", tmp_path / "gone.log")
+    files = []
+    for maker in (zygote, gone):
+        async with weight_store(str(MADE["llama3-rope"]()), tmp_path, "float32", maker) as (_, ready):
+            (file,) = ready["memory"].glob("*.weights")
+            files.append(file.read_bytes())
+    assert files[0] == files[1]

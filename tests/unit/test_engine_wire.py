@@ -1,8 +1,10 @@
 """What schedulers send, decoded without SGLang; and what a zygote refuses."""
 
 import asyncio
+import functools
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 
 from nitsum_api.node.v1 import node_pb2
 from nitsum_sglang import seam, wire, zygote
-from nitsum_sglang.zygote_client import Zygote, environment
+from nitsum_sglang.zygote_client import Zygote, environment, run_to_end
 
 FIELDS = ["rids", "http_worker_ipcs", "finished_reasons", "decoded_texts", "decode_ids", "output_ids"]
 FIELDS += [n for n in wire.WANTED if n not in FIELDS] + ["time_stats"]
@@ -127,6 +129,30 @@ async def test_children_come_forked_or_fresh_and_end_alike(tmp_path: Path, prelo
     finally:
         await z.stop()
     assert not (tmp_path / "z.sock").exists()
+
+
+async def test_one_without_a_loop_asks_a_zygote_too(tmp_path: Path) -> None:
+    z = Zygote(tmp_path / "z.sock", tmp_path / "zygote.log", preload=("json",))
+    with pytest.raises(FileNotFoundError):
+        run_to_end(z.socket_path, "builtins:print", {}, 10)
+    await z.start()
+    try:
+        ask = functools.partial(asyncio.to_thread, run_to_end, z.socket_path)
+        assert await ask("builtins:print", {"said": 1}, 10) == 0
+        assert os.waitstatus_to_exitcode(await ask("time:sleep", {}, 10)) == 1
+        with pytest.raises(ValueError, match="target"):
+            await ask("nothing", {}, 10)
+        with pytest.raises(TimeoutError, match="did not end"):
+            await ask("multiprocessing.connection:wait", {}, 0.3)
+    finally:
+        await z.stop()
+
+
+def test_engines_import_the_models_that_they_serve_and_no_others() -> None:
+    unserved = environment()["SGLANG_DISABLED_MODEL_ARCHS"].split(",")
+    assert len(unserved) > 100
+    assert not {"llama", "mistral", "qwen2", "qwen3"} & set(unserved)
+    assert {"deepseek_v2", "gpt_oss"} <= set(unserved)
 
 
 def test_nothing_of_sglang_speaks_pickle() -> None:

@@ -304,6 +304,23 @@ async def test_residency_grows_and_shrinks_under_streams(w: World) -> None:
     assert set(w.gateway.hops.values()) == {1}
 
 
+async def test_engines_of_a_directive_start_together_and_one_that_fails_keeps_none_down(w: World) -> None:
+    await w.carried_out(w.directive(1, tps=(1,)))
+    for engine_id in ("e1-0", "e1-1"):
+        w.arrange(engine_id, held)
+    w.arrange("e2-0", no_start)
+    await w.apply(w.directive(1, path="/other"))
+    both = {("e1-0", "/other", Report.STATE_STARTING), ("e1-1", "/other", Report.STATE_STARTING)}
+    await w.until(lambda: {(i, s.engine.spec.model_path, s.state) for i, s in w.node.slots.items()} == both)  # neither waits for the other
+    w.engine("e1-0").may_start.set()
+    await w.until(lambda: w.slot("e1-0").state == Report.STATE_PARKED)
+    w.engine("e1-1").may_start.set()
+    assert w.host.running is not None
+    await w.host.running
+    assert set(w.node.slots) == {"e1-0", "e1-1"}
+    assert w.host.report().problem == "EngineEnded: it does not start"
+
+
 async def test_another_checkpoint_under_the_same_ids_is_another_engine(w: World) -> None:
     report = await w.carried_out(w.directive(1, path="/other"))
     assert not report.problem

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 
 from nitsum_sglang.zygote import die_with_parent
+from nitsum_sglang.zygote_client import unserved_modules
 
 
 def free_port() -> int:
@@ -25,10 +26,18 @@ def free_port() -> int:
 @contextlib.contextmanager
 def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, ...] = (), timeout_s: float = 300) -> Iterator[str]:
     """Yields its URL. Takes about half a minute to start on two idle cores."""
+    with stock_starting(model, folder, tp_size, extra) as ready:
+        yield ready(timeout_s)
+
+
+@contextlib.contextmanager
+def stock_starting(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, ...] = ()) -> Iterator[Callable[[float], str]]:
+    """For who has something else to do meanwhile: what it yields waits for that many seconds at most, and returns the URL."""
     port = free_port()
     env = {
         **os.environ,
         "SGLANG_PLUGINS": "nitsum_cpu",
+        "SGLANG_DISABLED_MODEL_ARCHS": unserved_modules(),
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
         "SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(i % (os.cpu_count() or 1)) for i in range(tp_size)),
         "SGLANG_USE_CPU_ENGINE": "0",
@@ -54,20 +63,19 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
             preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
         try:
-            _wait(f"http://127.0.0.1:{port}", process, folder / "stock.log", timeout_s)
-            yield f"http://127.0.0.1:{port}"
+            yield functools.partial(_wait, f"http://127.0.0.1:{port}", process, folder / "stock.log")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 
 
-def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> None:
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> str:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the stock server ended:\n{log.read_text()[-3000:]}"
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(url + "/health", timeout=5).status_code == 200:
-                return
+                return url
         time.sleep(0.3)
     raise AssertionError(f"the stock server is not ready after {timeout_s:g} s:\n{log.read_text()[-3000:]}")

@@ -3,18 +3,22 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nitsum.errors import UnsupportedModel
 from nitsum_sglang import checkpoint
+from nitsum_sglang.zygote_client import run_to_end
 
 from .fill import ITEM_BYTES, sources, write
 from .plan import ROPE, Plan, make_plan
 
+log = logging.getLogger(__name__)
 ROPE_TIMEOUT_S = 240.0
 ROPE_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -34,7 +38,9 @@ class Busy(Exception):
 class WeightFile:
     """`path` holds the tensors as `plan` says; `dtypes` names those that differ from `dtype` (the cos/sin cache on a GPU)."""
 
-    def __init__(self, model: str, folder: Path, dtype: str = "") -> None:
+    def __init__(self, model: str, folder: Path, dtype: str = "", zygote: str = "") -> None:
+        """`zygote`: socket of one for CPU, which computes what SGLang must in a fraction of the time that importing SGLang takes."""
+        self.zygote = zygote
         self.dtype = checkpoint.served_dtype(model, dtype)
         self.facts = checkpoint.read_facts(model, os.path.basename(os.path.normpath(model)), self.dtype)
         self.model, self.sources = model, sources(model)
@@ -63,43 +69,51 @@ class WeightFile:
         self.marker.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
         rope_path = self.path.with_suffix(".rope")
-        command = [
-            sys.executable,
-            "-m",
-            "nitsum_sglang.weights.rope",
-            "--model",
-            self.model,
-            "--dtype",
-            self.dtype,
-            "--out",
-            str(rope_path),
-        ]
-        environment = os.environ | ROPE_ENVIRONMENT
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as computing:
-            try:
+        try:
+            with self._computing(rope_path) as ended:
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 try:
                     self._plan(None)
                     os.ftruncate(fd, self.plan.size)
                     for name, place in self.plan.stored.items():
                         write(fd, place.offset, self.sources[name], self.dtype)
-                    rope = self._rope(computing, rope_path, fd)
+                    ended()
+                    rope: dict[str, Any] = json.loads(Path(f"{rope_path}.json").read_text())
+                    self._plan(rope)
+                    os.ftruncate(fd, self.plan.size)
+                    os.pwrite(fd, rope_path.read_bytes(), self.plan.stored[ROPE].offset)
                 finally:
                     os.close(fd)
-            finally:
-                computing.kill()
-                rope_path.unlink(missing_ok=True)
+        finally:
+            self._remove_rope()
         self.marker.write_text(json.dumps({"stamp": stamp, "rope": rope}))
 
-    def _rope(self, computing: "subprocess.Popen[bytes]", path: Path, fd: int) -> dict[str, Any]:
-        out, _ = computing.communicate(timeout=ROPE_TIMEOUT_S)
-        if computing.returncode != 0:
-            raise UnsupportedModel(f"SGLang cannot compute the rotary embedding of {self.model}; its message is above")
-        rope: dict[str, Any] = json.loads(out.splitlines()[-1])
-        self._plan(rope)
-        os.ftruncate(fd, self.plan.size)
-        os.pwrite(fd, path.read_bytes(), self.plan.stored[ROPE].offset)
-        return rope
+    @contextlib.contextmanager
+    def _computing(self, out: Path) -> Iterator[Callable[[], None]]:
+        """Computes the rotary embedding into `out` meanwhile. Calling what it yields waits for it, or raises UnsupportedModel."""
+        args = {"model": self.model, "dtype": self.dtype, "out": str(out)}
+        failed = UnsupportedModel(f"SGLang cannot compute the rotary embedding of {self.model}; its message is above, or in weights.log")
+        if self.zygote:
+            try:
+                status = run_to_end(self.zygote, "nitsum_sglang.weights.rope:run", args, ROPE_TIMEOUT_S)
+            except (OSError, ValueError) as e:
+                log.warning("the zygote does not compute the rotary embedding, a new process does: %s", e)
+            else:
+                if status:
+                    raise failed
+                yield lambda: None
+                return
+        command = [sys.executable, "-m", "nitsum_sglang.weights.rope", *(word for k, v in args.items() for word in (f"--{k}", v))]
+        with subprocess.Popen(command, env=os.environ | ROPE_ENVIRONMENT, stdout=sys.stderr) as process:
+
+            def ended() -> None:
+                if process.wait(ROPE_TIMEOUT_S):
+                    raise failed
+
+            try:
+                yield ended
+            finally:
+                process.kill()
 
     def _plan(self, rope: dict[str, Any] | None) -> None:
         shapes = {name: s.shape for name, s in self.sources.items()}
@@ -134,6 +148,11 @@ class WeightFile:
 
     def close(self) -> None:
         """Removes the file; engines that mapped it keep their pages until they end."""
-        for path in (self.marker, self.path, self.path.with_suffix(".rope")):
+        self._remove_rope()
+        for path in (self.marker, self.path):
             path.unlink(missing_ok=True)
         os.close(self.lock)
+
+    def _remove_rope(self) -> None:
+        for suffix in (".rope", ".rope.json"):
+            self.path.with_suffix(suffix).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The weight store: one small process per node and model that owns the weights' file and tells engines where their slices lie.
 
-usage: python -m nitsum_sglang.weights.store --model DIR --socket S --memory-dir D [--dtype float32] [--die-with-parent]
+usage: python -m nitsum_sglang.weights.store --model DIR --socket S --memory-dir D [--dtype float32] [--zygote S] [--die-with-parent]
 Prints one line of JSON when ready: {"bytes": N, "seconds": T, "reused": false, "private_bytes": {"2": N, ...}} (most of any rank, by TP).
 Requests on the socket: SGLang's `fetch_state`, and {"type": "private_bytes", "tp_size": N, "tp_rank": R}.
 """
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--socket", required=True, help="Unix socket to answer on; its folder must have mode 0700")
     parser.add_argument("--memory-dir", required=True, type=Path, help="folder on a tmpfs for the weights' file")
     parser.add_argument("--dtype", default="", help="dtype that engines run; default: the checkpoint's")
+    parser.add_argument("--zygote", default="", help="socket of a zygote for CPU, to compute the rotary embedding; default: a new process")
     parser.add_argument("--die-with-parent", action="store_true", help="end, and remove the file, when the parent process ends")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
@@ -147,7 +148,7 @@ def main() -> int:
     listening: socket.socket | None = None
     try:
         started = time.monotonic()
-        weights = WeightFile(args.model, args.memory_dir, args.dtype)
+        weights = WeightFile(args.model, args.memory_dir, args.dtype, args.zygote)
         weights.fill()
         listening = listen(args.socket)
         print(ready_line(weights, time.monotonic() - started), flush=True)

@@ -88,10 +88,10 @@ class Scenario:
         await stage.install({"config": {"planner": PLANNER, "profile": {"onlineCorrection": False}}})
         view.enter(Phase.OPERATOR, "with the chart's ServiceAccount; it issues every certificate")
         await stage.start_operator()
-        view.enter(Phase.NODES, f"{len(stage.nodes)} agents, each with its engine host")
-        await stage.start_nodes()
         view.enter(Phase.GATEWAY, "one OpenAI endpoint for all pools")
         await stage.start_gateway()
+        view.enter(Phase.NODES, f"{len(stage.nodes)} agents, each with its engine host")
+        await stage.start_nodes()
         view.enter(Phase.POOLS, f"examples/{self.program.example}.yaml, with the checkpoint's folder on this machine")
         for example, _ in self.program.others:
             view.say(f"beside it examples/{example}.yaml, a second pool, which gets no traffic")
