@@ -67,9 +67,11 @@ browser: ## chromium, in which a test opens the report page: installed where it 
 .PHONY: test
 test: preflight lint binaries browser ## Everything, from lint to the end-to-end test
 	$(RUN) pytest tests/unit tests/property tests/sim tests/golden -n 2 -q
-	$(RUN) pytest tests/e2e/test_demo_interrupt.py tests/engine -n 2 --dist loadgroup --no-loadscope-reorder -q
+	$(RUN) pytest tests/engine -n 2 --dist loadfile -q
+	@# Alone: it looks at all that is left on the machine.
+	$(RUN) pytest tests/e2e/test_demo_interrupt.py -q
 	@# The planner flips by the demand that the machine can serve, so beside the system's tests is room for light ones only.
-	$(RUN) pytest tests/e2e tests/cluster --ignore tests/e2e/test_demo_interrupt.py -n 2 --dist loadgroup --no-loadscope-reorder -q
+	$(RUN) pytest tests/e2e tests/cluster --ignore tests/e2e/test_demo_interrupt.py -n 2 --dist loadfile --no-loadscope-reorder -q
 	@command -v chromium >/dev/null || echo "$(NO_BROWSER)"
 
 .PHONY: demo

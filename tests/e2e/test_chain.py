@@ -10,7 +10,7 @@ from nitsum_local.demo import flips
 from .conftest import Expected, System
 from .waves import assert_equal, waves_until
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("system")]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 @pytest.mark.timeout(900)

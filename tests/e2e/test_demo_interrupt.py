@@ -20,7 +20,7 @@ from nitsum_local.demo.phases import Phase
 from nitsum_sglang.testing.models import tiny_llama
 
 WITH_ENGINES = frozenset({Phase.NODES, Phase.GATEWAY, Phase.POOLS, Phase.TRAFFIC, Phase.REFERENCE, Phase.SUMMARY})
-"""One of these at a time: a whole stage takes 4 GB, and `make test` has another one beside it. The rest have a lane of their own."""
+"""Two of these at a time: a whole stage takes 4 GB. The rest have a lane of their own."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -115,11 +115,11 @@ async def interrupt(
     return ""
 
 
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(900)
 async def test_ctrl_c_at_every_phase_leaves_nothing(reaper: None, tmp_path: Path, temporary: Path) -> None:
     await asyncio.to_thread(ensure)
     await asyncio.to_thread(tiny_llama)
-    processes, before, lanes = set(descendants()), traces(), (asyncio.Semaphore(1), asyncio.Semaphore(1))
+    processes, before, lanes = set(descendants()), traces(), (asyncio.Semaphore(1), asyncio.Semaphore(2))
     twice = (Phase.NODES, Phase.TRAFFIC)
     runs = [(p, (signal.SIGINT, signal.SIGINT) if p in twice else (signal.SIGINT,)) for p in Phase if p is not Phase.CHART]
 

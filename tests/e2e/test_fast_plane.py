@@ -12,7 +12,7 @@ from nitsum_local.demo.watch import change_pool
 from .conftest import ROOT, Expected, System
 from .waves import assert_equal, waves_while
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("system")]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 TIERS = [
     {"name": "interactive", "ttft": "5s", "tpot": "120ms", "target": "90%", "default": True},
     {"name": "agents", "ttft": "5s", "tpot": "200ms", "target": "90%"},

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from ..engine import hostile
 from .conftest import System
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("system")]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 FUZZ_EXAMPLES = int(os.environ.get("NITSUM_FUZZ_EXAMPLES", "150"))
 LEAVES_S = 2.0
 """A client that waits longer than this for the next byte leaves: some bodies ask for 2,000 tokens."""

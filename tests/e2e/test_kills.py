@@ -20,7 +20,7 @@ from nitsum_local.stage import wait_until
 from .conftest import Expected, System
 from .waves import assert_equal, layout_of, waves_until
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("system")]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 NODE = "node-0"
 
 

@@ -1,12 +1,8 @@
 """`nitsum profile --from-engine` on the stock server that the other tests take their expectations from."""
 
-import pytest
-
 from nitsum.perf.profile import parse
 
 from .conftest import Expected
-
-pytestmark = pytest.mark.xdist_group("system")
 
 
 def test_a_live_engine_is_measured(expected: Expected) -> None:

@@ -12,7 +12,7 @@ from nitsum_sglang.testing.models import tiny_llama
 from .conftest import MAX_TOKENS, Expected
 from .kinds import Seen, together
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.xdist_group("system")]
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 PREFILLED = re.compile(r"Prefill batch.*#new-token: (\d+), #cached-token: (\d+)")
 
 
