@@ -8,7 +8,7 @@ from nitsum.demand import TierDemand
 from nitsum.layout import Group, Layout, TierShare
 from nitsum.perf.memory import worth_residing
 from nitsum.perf.profile import Profile, load_shipped
-from nitsum.planner import NodeView, PlannerSettings, Snapshot
+from nitsum.planner import NodeView, PlannerSettings, Snapshot, limits
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.problem import Class, Kind, Problem, Want, value
@@ -88,3 +88,12 @@ def test_what_is_asked_of_a_change_falls_with_the_time_that_a_layout_has_stood()
     assert asked(100.0, 100.0) == pytest.approx(0.05)
     assert 0.02 < asked(100.0, 130.0) < 0.05
     assert asked(100.0, 160.0) == asked(None, 0.0) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("rate", "ttft_ms", "running", "queue"),
+    [(20.0, 500.0, 30, 8), (0.9, 3000.0, 2, 16), (0.8, 3000.0, 2, 16), (0.6, 30_000.0, 2, 16), (0.9, 60_000.0, 30, 40), (5.0, None, 4, 24)],
+)
+def test_a_slow_group_does_not_refuse_the_third_in_its_queue(rate: float, ttft_ms: float | None, running: int, queue: int) -> None:
+    """A queue of 2 and one of 16 were a hundredth of a request/s apart."""
+    assert limits.queue(rate, ttft_ms, running) == queue

@@ -9,6 +9,7 @@ from nitsum.planner.types import Snapshot
 
 QUEUE_PER_RUNNING = 4
 """Waiting requests that a group may hold for each running one."""
+SLOW_RPS, QUEUE_SLOW = 1.0, 16
 SHELTERED, SHARE_MIN = 1e-3, 2e-3
 """Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
 MIXED_MIN = 0.1
@@ -76,7 +77,11 @@ def limits_of(
 def queue(rate: float, ttft_ms: float | None, running: int) -> int:
     """As many as are started within the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
 
-    Groups so slow that this is hardly one keep a queue by what runs: there is little to protect.
+    Groups so slow that this is hardly one keep a queue by what runs: there is little to protect. Below SLOW_RPS that queue is short, and a
+    few that wait are no overload yet.
     """
     within = PATIENCE * rate * ttft_ms / 1e3 if ttft_ms is not None else 0.0
-    return round(within) if within >= 2 else running * QUEUE_PER_RUNNING + 8
+    by_running = running * QUEUE_PER_RUNNING + 8
+    if within < 2:
+        return by_running
+    return max(round(within), min(by_running, QUEUE_SLOW)) if rate < SLOW_RPS else round(within)
