@@ -88,7 +88,7 @@ class Model:
             (c, k)
             for c, cls in enumerate(problem.classes)
             for k, kind in enumerate(kinds)
-            if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0 and any(kind.rates)
+            if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0 and any(kind.by_tier.values())
         ]
         self.n_at = {key: i for i, key in enumerate(able)}
         width = len(self.n_at)

@@ -33,7 +33,7 @@ class _Left:
         for kind in problem.kinds:
             ways = [
                 (-worth * rate, t, piece, rate, worth * rate / rate)  # rounded as the rank is: equal kinds stay equal
-                for tier, rate in zip(kind.tiers, kind.rates, strict=True)
+                for tier, rate in kind.by_tier.items()
                 if rate > 0 and (t := index.get((kind.pool, tier))) is not None
                 for piece, (_, worth) in enumerate(pieces[t])
             ]

@@ -43,6 +43,8 @@ class Want:
         return tuple((self.rate * (end - start), self.weight * worth) for (end, worth), start in zip(ends, starts, strict=False))
 
 
+RATE_MIN = 1e-3
+"""requests/s of a group below which it counts as unable."""
 PIECES = 2 + len(SURGES)
 
 
@@ -66,8 +68,8 @@ class Kind:
 
     @cached_property
     def by_tier(self) -> Mapping[str, float]:
-        """Rates; kept, as they are asked for many times in each plan."""
-        return dict(zip(self.tiers, self.rates, strict=False))
+        """Rates, less those too small for a solver's arithmetic; kept, as they are asked for many times in each plan."""
+        return {t: rate if rate >= RATE_MIN else 0.0 for t, rate in zip(self.tiers, self.rates, strict=False)}
 
     @cached_property
     def members(self) -> frozenset[str]:
