@@ -86,7 +86,9 @@ def measure(gpus: int, turns: int) -> Took:
     capacity, timed = Capacity(governed=True), Timed()
     slow, without = SlowPlane(governed=True), SlowPlane(use_exact=False, governed=True)
     fast = FastPlane(Capacity(governed=True))
-    running = {("default/bench", n.node.agent_id, g.gpu_uuids): tuple(s.tier for s in g.shares) for n in nodes for g in n.layout.groups}
+    running = {
+        ("default/bench", n.node.agent_id, g.gpu_uuids, None): tuple(s.tier for s in g.shares) for n in nodes for g in n.layout.groups
+    }
     for turn in range(turns + 1):
         taken = snapshot(gpus, nodes, turn)
         asked, members, _ = timed("question", partial(_question, taken, capacity))

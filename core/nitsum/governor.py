@@ -90,6 +90,13 @@ def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, 
     return _most(fits, max(int(kv_tokens / (prompt + output)), 1))
 
 
+def streams_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
+    """Most streams that may decode where prompts come prefilled, so that a step that takes one in, with the rest of a page, ends within
+    `tpot_ms`; at least 1."""
+    ctx = max(int(prompt + output / 2), 1)
+    return _most(lambda b: step_ms(model, tp_size, PAGE, b, ctx, int(prompt)) <= tpot_ms, max(int(kv_tokens / (prompt + output)), 1))
+
+
 def sizes(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> tuple[int, int]:
     """(requests of these mean lengths that may run, prefill tokens of a step beside them) so that a tier keeps `tpot_ms`.
 

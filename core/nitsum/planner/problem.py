@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from nitsum.planner.split import Shape, Split, shape_of
+
 SURGES = ((2.0, 1e-2), (4.0, 3e-3), (1e4, 1e-4))
 """(multiple of the demand up to which the piece goes, worth of a request/s in it)."""
 REACH, REST = 11.0, 1.0
@@ -50,10 +52,12 @@ PIECES = 2 + len(SURGES)
 
 @dataclass(frozen=True)
 class Kind:
-    """Groups of one sort. `tiers` strictest first; `rates` requests/s, 0 where even one request breaks a target; `binding` what limits."""
+    """Groups of one sort, or split blocks of one. `tiers` strictest first; `rates` requests/s, 0 where even one request breaks a target;
+    `binding` what limits."""
 
     pool: str
     tp_size: int
+    """Of a split block: its GPUs."""
     tiers: tuple[str, ...]
     rates: tuple[float, ...]
     binding: tuple[str, ...] = ()
@@ -61,6 +65,11 @@ class Kind:
     """Requests that may run at once, if of one tier alone."""
     held: float | None = None
     """Not None: of one tier whose targets a group can hold at this rate only; `rates` is what some of its requests would meet beyond it."""
+    split: Split | None = None
+
+    @cached_property
+    def shape(self) -> Shape:
+        return shape_of(self.tp_size, self.split)
 
     @property
     def full(self) -> bool:
@@ -80,7 +89,11 @@ class Kind:
 
     @property
     def label(self) -> str:
-        return f"TP{self.tp_size} for {'+'.join(self.tiers)}"
+        return f"{self.where} for {'+'.join(self.tiers)}"
+
+    @property
+    def where(self) -> str:
+        return f"TP{self.tp_size}" if self.split is None else f"({self.split})"
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,12 @@ class Class:
     gpus: int
     pools: frozenset[str]
     blocks: Mapping[int, int] = field(default_factory=dict)
-    """By TP: aligned blocks of one node (islands hold a group together)."""
+    """By GPUs: aligned blocks of one node (islands hold a group together)."""
+    only: Shape | None = None
+    """Not None: its GPUs are such groups already."""
+
+    def takes(self, kind: Kind) -> bool:
+        return kind.pool in self.pools and self.blocks.get(kind.tp_size, 0) > 0 and self.only in (None, kind.shape)
 
 
 Counts = dict[tuple[int, int], int]
@@ -105,10 +123,10 @@ class Problem:
     classes: tuple[Class, ...]
     budgets: Mapping[str, int]
     """GPUs by pool, less those that lost nodes may hold."""
-    runs: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
-    """Groups that run now by (class index, pool, TP)."""
+    runs: Mapping[tuple[int, str, Shape], int] = field(default_factory=dict)
+    """Groups that run now by (class index, pool, shape)."""
     flip_loss: Mapping[str, float] = field(default_factory=dict)
-    """By pool: score lost per GPU that changes its TP: pause x what a GPU earns / expected dwell."""
+    """By pool: score lost per GPU that changes its TP or role: pause x what a GPU earns / expected dwell."""
 
     def legal(self, counts: Counts) -> bool:
         """Budgets, nodes and blocks."""
@@ -116,7 +134,7 @@ class Problem:
         by_class: dict[int, int] = {}
         for (c, k), n in counts.items():
             kind, cls = self.kinds[k], self.classes[c]
-            if kind.pool not in cls.pools or n < 0:
+            if not cls.takes(kind) or n < 0:
                 return False
             used[kind.pool] = used.get(kind.pool, 0) + n * kind.tp_size
             by_class[c] = by_class.get(c, 0) + n * kind.tp_size
@@ -135,13 +153,13 @@ class Problem:
 
     def switch_loss(self, counts: Counts) -> float:
         """Of groups that are new on their class: GPUs x flip_loss, and KEEP for each."""
-        new: dict[tuple[int, str, int], int] = {}
+        new: dict[tuple[int, str, Shape], int] = {}
         for (c, k), n in counts.items():
-            key = c, self.kinds[k].pool, self.kinds[k].tp_size
+            key = c, self.kinds[k].pool, self.kinds[k].shape
             new[key] = new.get(key, 0) + n
         if not self.runs:
             return 0.0
-        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2]) for key, n in new.items())
+        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2][0]) for key, n in new.items())
 
 
 @dataclass(frozen=True)
