@@ -40,14 +40,12 @@ class Placed:
     role: Role = Role.MIXED
 
     key: Key = field(init=False, repr=False, compare=False)
+    shape: Shape = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         split = self.split if self.role is Role.MIXED else None
         object.__setattr__(self, "key", (self.pool, self.agent_id, tuple([g.uuid for g in self.gpus]), split))
-
-    @property
-    def shape(self) -> Shape:
-        return shape_of(len(self.gpus), self.split)
+        object.__setattr__(self, "shape", shape_of(len(self.gpus), self.split))
 
     @property
     def widest(self) -> int:

@@ -6,7 +6,7 @@ from functools import cache, cached_property
 from statistics import NormalDist
 
 from nitsum.demand import TierDemand
-from nitsum.layout import FlipMode, Group
+from nitsum.layout import FlipMode, Group, Role
 from nitsum.perf import KvLoad
 from nitsum.perf.memory import worth_residing
 from nitsum.planner import offer
@@ -94,6 +94,8 @@ def _meant(g: Group) -> tuple[str, ...]:
 
 def _units(pool: str, n: NodeView, groups: list[Group]) -> list[tuple[Key, tuple[Group, ...]]]:
     """Of a pool's groups on a node: each split block as one, what belongs to none alone, whatever its role is."""
+    if all([g.role is Role.MIXED for g in groups]):
+        return [((pool, n.node.agent_id, g.gpu_uuids, None), (g,)) for g in groups]
     blocks = [
         ((pool, n.node.agent_id, tuple(u for g in members for u in g.gpu_uuids), split), members) for split, members in read(n.node, groups)
     ]

@@ -4,7 +4,7 @@ To the search a block is one group as wide as all of it. On the node it is sever
 that prefill. So each is aligned wherever its block is, and a node's groups tell its blocks.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -64,48 +64,65 @@ def divisions(size: int, tps: tuple[int, ...]) -> tuple[Split, ...]:
 
 
 Block = tuple[Split, tuple[Group, ...]]
+Cell = tuple[Role, int, int]
+"""Of a GPU: its group's role and TP, and which of the group's GPUs it is."""
 
 
 def read(node: Node, groups: Iterable[Group]) -> list[Block]:
     """The split blocks that one pool's groups on a node make up. A group with a role that is in none has lost its partners."""
-    by_gpu = {u: g for g in groups if g.role is not Role.MIXED for u in g.gpu_uuids}
-    if not by_gpu:
+    cells: dict[str, Cell] = {}
+    by_first: dict[str, Group] = {}
+    for g in groups:
+        if g.role is not Role.MIXED:
+            by_first[g.gpu_uuids[0]] = g
+            for i, uuid in enumerate(g.gpu_uuids):
+                cells[uuid] = g.role, g.tp_size, i
+    if not cells:
         return []
-    sizes = sorted({size for size in (*SIZES, len(node.gpus)) if 1 < size <= len(node.gpus)}, reverse=True)
-    return _read(node, frozenset(g.uuid for g in node.gpus), sizes, by_gpu)
+    ordered = [g for (g,) in node.blocks(1)]
+    found = _read(tuple([cells.get(g.uuid) for g in ordered]), tuple([g.island for g in ordered]))
+    return [(split, tuple(by_first[g.uuid] for g in ordered[at : at + split.gpus] if g.uuid in by_first)) for at, split in found]
 
 
-def _read(node: Node, within: frozenset[str], sizes: Sequence[int], by_gpu: Mapping[str, Group]) -> list[Block]:
-    """Of the aligned blocks in `within`: where smaller ones explain all groups of a block, it is those; else it is one if it divides."""
-    found: list[Block] = []
-    seen: set[str] = set()
-    for i, size in enumerate(sizes):
-        for block in node.blocks(size):
-            uuids = [g.uuid for g in block]
-            if not within.issuperset(uuids) or not seen.isdisjoint(uuids):
-                continue
-            seen.update(uuids)
-            if mine := {g.group_id: g for u in uuids if (g := by_gpu.get(u)) is not None}:
-                inside = _read(node, frozenset(uuids), sizes[i + 1 :], by_gpu)
-                explained = {g.group_id for _, groups in inside for g in groups}
-                whole = _divided(uuids, tuple(mine.values())) if explained != mine.keys() else None
-                found += [whole] if whole is not None else inside
-    return found
+@lru_cache(maxsize=4096)
+def _read(cells: tuple[Cell | None, ...], islands: tuple[int, ...]) -> tuple[tuple[int, Split], ...]:
+    """(first GPU, how it divides) of each block. Nodes that look alike are read once."""
+    sizes = sorted({size for size in (*SIZES, len(cells)) if 1 < size <= len(cells)}, reverse=True)
+
+    def within(first: int, end: int, sizes: list[int]) -> list[tuple[int, Split]]:
+        """Where smaller blocks explain all groups of an aligned one, it is those; else it is one itself if it divides."""
+        found: list[tuple[int, Split]] = []
+        seen: set[int] = set()
+        for i, size in enumerate(sizes):
+            for at in range(-(-first // size) * size, end - size + 1, size):
+                here = range(at, at + size)
+                used = sum(cells[j] is not None for j in here)
+                if not used or not seen.isdisjoint(here) or len({islands[j] for j in here}) > 1:
+                    continue
+                seen.update(here)
+                inside = within(at, at + size, sizes[i + 1 :])
+                if sum(split.gpus for _, split in inside) != used and (whole := _divided(cells[at : at + size])) is not None:
+                    inside = [(at, whole)]
+                found += inside
+        return found
+
+    return tuple(within(0, len(cells), sizes))
 
 
-def _divided(uuids: list[str], groups: tuple[Group, ...]) -> Block | None:
-    """All of a block as these groups divide it; None: they do not."""
-    widths = {role: {g.tp_size for g in groups if g.role is role} for role in (Role.PREFILL, Role.DECODE)}
-    if any(len(of) != 1 for of in widths.values()) or sum(g.tp_size for g in groups) != len(uuids):
-        return None
-    (prefill_tp,), (decode_tp,) = widths[Role.PREFILL], widths[Role.DECODE]
-    prefill = sum(g.role is Role.PREFILL for g in groups)
-    split = Split(prefill, prefill_tp, len(groups) - prefill, decode_tp)
-    at, ordered = 0, []
-    for role, tp_size in split.parts():
-        here = next((g for g in groups if g.role is role and list(g.gpu_uuids) == uuids[at : at + tp_size]), None)
-        if here is None:
+def _divided(cells: tuple[Cell | None, ...]) -> Split | None:
+    """How groups side by side divide all of a block; None: they do not."""
+    parts: list[tuple[Role, int]] = []
+    at = 0
+    while at < len(cells):
+        if (cell := cells[at]) is None:
             return None
-        ordered.append(here)
+        role, tp_size, _ = cell
+        if cells[at : at + tp_size] != tuple((role, tp_size, i) for i in range(tp_size)):
+            return None
+        parts.append((role, tp_size))
         at += tp_size
-    return split, tuple(ordered)
+    widths = {role: [tp for of, tp in parts if of is role] for role in (Role.PREFILL, Role.DECODE)}
+    if not all(widths.values()):
+        return None
+    split = Split(len(widths[Role.PREFILL]), widths[Role.PREFILL][0], len(widths[Role.DECODE]), widths[Role.DECODE][0])
+    return split if list(split.parts()) == parts else None
