@@ -20,21 +20,35 @@ LINKS_MAX = 0.7
 """Part of the time that a group's links may take in KV."""
 JOINS = 16, 32
 """Tokens of a page that are computed again, beside so many streams: what a step that takes streams in is longer for."""
+MANY = 2048
+"""Tokens of a prefill step that is no longer short."""
 STEP_MS = 0.05
 """Of decode where there is none."""
 
 
 class Prefilling:
-    """`model` where nothing decodes. Implements StepTimeModel."""
+    """`model` where nothing decodes. Implements StepTimeModel.
+
+    Its steps carry many short prompts, and a step's time grows little with its first tokens: what one short prompt more costs is told by
+    steps of MANY tokens, not by two such prompts alone.
+    """
 
     def __init__(self, model: StepTimeModel) -> None:
         self.model, self.origin, self.tp_sizes = model, model.origin, model.tp_sizes
+        self._lines: dict[int, tuple[float, float]] = {}
 
     def door_ms(self, tp_size: int) -> float:
         return door_ms(self.model, tp_size)
 
     def prefill_ms(self, tp_size: int, chunk: int, ctx: int = 0) -> float:
-        return self.model.prefill_ms(tp_size, chunk, ctx)
+        took = self.model.prefill_ms(tp_size, chunk, ctx)
+        if ctx or chunk >= MANY:
+            return took
+        if tp_size not in self._lines:
+            least = self.model.prefill_ms(tp_size, 1)
+            self._lines[tp_size] = least, (self.model.prefill_ms(tp_size, MANY) - least) / MANY
+        fixed, each = self._lines[tp_size]
+        return max(took, fixed + each * chunk)
 
     def decode_ms(self, tp_size: int, batch: int, ctx: int) -> float:
         return STEP_MS

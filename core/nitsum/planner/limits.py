@@ -27,6 +27,8 @@ PATIENCE = 0.75
 """Of the TTFT that may pass in a queue: the request's own prefill comes after it."""
 FILLED = 0.8
 """Part of a group's time that background may fill up: its prompts go in turn with the others'."""
+KEPT = 0.99
+"""Of what a hand-over leaves of a TPOT, for the mean of steps."""
 NO_TPOT_MS = 200.0
 """Of a step, where no tier says how long it may last."""
 ROOM = 1.5
@@ -139,7 +141,7 @@ class Block:
         tp_size, step = self.split.decode_tp, self.tpot_ms or NO_TPOT_MS
         load_ms = (self.load.load_ms(round(self.prompt), tp_size) if isinstance(self.load, KvLoad) else None) or 0.0
         late = handover.late_ms(self.model, tp_size, self.prompt, load_ms) / max(self.output, 1.0)
-        step = round(max(step - late, step / 2), 1)
+        step = round(KEPT * max(step - late, step / 2), 2)
         return self.capacity.decode_size(self.model, tp_size, self.prompt, self.output, step, self.resident)[0], step
 
 

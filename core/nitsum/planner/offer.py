@@ -1,5 +1,5 @@
 """Which split blocks are worth a place in the search: for each size the division that serves the demand with fewest GPUs, of one tier or of
-all; none where mixed groups take hardly more GPUs for the same, since a choice that gains little costs planning time and calm.
+all; none where mixed groups have room or take hardly more GPUs for the same, since a choice that gains little costs planning time and calm.
 """
 
 import math
@@ -22,6 +22,8 @@ GAIN = 1.1
 LARGER = 1.05
 """Times fewer than those of the next smaller block."""
 NO_TPOT_MS = 1e3
+USED = 0.7
+"""Of its GPUs that a pool's demand must need with mixed groups: where these have room, roles gain nothing that is asked for."""
 ATTAINED = 0.9
 """Of what engines could do if prompts came when it suits them: blocks do not get nearer."""
 
@@ -89,7 +91,8 @@ class _Offer:
         """GPUs below which no block gets for a tier, whatever it is divided into."""
         a, m = self.a, self.a.marks[tier.name]
         ctx = int(m.prompt + m.output / 2)
-        prefills = [tp * a.model.prefill_ms(tp, max(int(m.prompt), 1)) / BUSY_MAX for tp in a.resident]
+        step = max(int(m.prompt), handover.MANY)  # short prompts share one
+        prefills = [tp * a.model.prefill_ms(tp, step) * m.prompt / step / BUSY_MAX for tp in a.resident]
         decodes = []
         for tp in a.resident:
             most, _ = self.capacity.decode_size(a.model, tp, m.prompt, m.output, tier.tpot_ms or NO_TPOT_MS, a.resident)
@@ -108,6 +111,8 @@ def kinds(a: Asked, capacity: Capacity, whole: tuple[Kind, ...] | None, running:
     if whole is None:
         return tuple(found)
     mixed = {t.name: _mixed(a, whole, t.name) for t in a.tiers}
+    if sum(mixed.values()) < USED * a.budget:
+        return tuple(found)
     named = {t.name: t for t in a.tiers}
     for sharing in runs:
         most = sum(mixed[t] for t, _, _ in sharing) / GAIN
