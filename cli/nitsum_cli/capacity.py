@@ -55,7 +55,7 @@ def command(
     context = int(model.context_length or getattr(times, "context_length", 0) or 0)
     asked = read_demand(demand_path, workload_path, pool, context)
     question = Question(pool, asked, times, times, gpus, kind, PlannerSettings(headroom_quantile=headroom))
-    planner, console = SlowPlane(), Console()
+    planner, console = SlowPlane(governed=True), Console()
     with Console(stderr=True).status("planning") as status:
         found = size(question, planner, lambda text: status.update(f"planning, {text}"))
     base = found.base
