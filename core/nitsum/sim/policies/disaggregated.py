@@ -11,7 +11,6 @@ from dataclasses import replace
 from nitsum.demand import TierDemand
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Layout, Role
-from nitsum.perf import KvLoad
 from nitsum.planner.capacity import Capacity, mark
 from nitsum.planner.offer import Asked, safe_in
 from nitsum.planner.sharing import crowd_of, runs_of
@@ -64,8 +63,8 @@ def _worth(
     tiers = tuple(sorted((t for t in s.pool.tiers if not t.background and demand[t.name].rate > 0), key=key))
     rates, marks = {t.name: demand[t.name].rate for t in tiers}, {t.name: mark(demand[t.name]) for t in tiers}
     whole, best = sum(rates.values()), 0.0
-    load = s.flip_cost if isinstance(s.flip_cost, KvLoad) else _Quick()
-    a = Asked(s.pool.name, tiers, marks, rates, (tp_size,), s.pool.budget_gpus, max(len(n.gpus) for n in s.nodes), model, load)
+    gpus = max(len(n.gpus) for n in s.nodes)
+    a = Asked(s.pool.name, tiers, marks, rates, (tp_size,), s.pool.budget_gpus, gpus, model, s.kv_load or _Quick())
     for level in range(len(tiers)):
         sharing = next(run for run in runs_of(tiers[level:]) if len(run) == len(tiers) - level)
         held = sum(rates[t] for t, _, _ in sharing)
@@ -89,8 +88,7 @@ def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: 
     results: list[tuple[int, str, RunResult]] = []
     for tp_size, prefill, first in ranked:
         pool = replace(s.pool, allowed_tp=(tp_size,), mode=AdaptationMode.FROZEN)
-        load = s.flip_cost if isinstance(s.flip_cost, KvLoad) else None
-        policy = with_engines(Policy(name, pool, s.flip_cost, (tp_size,), Standing, first, s.settings, kv_load=load))
+        policy = with_engines(Policy(name, pool, s.flip_cost, (tp_size,), Standing, first, s.settings, kv_load=s.kv_load))
         at_share = lambda at: progress((len(results) * traffic.duration_s + at) / len(ranked))  # noqa: E731
         result = Fleet(policy, s.nodes, s.model, traffic).run(at_share)
         decode = max(len(la.groups) for la in first.values()) - prefill

@@ -21,20 +21,19 @@ FORESIGHT_S = (10.0, 30.0)
 
 def _candidates(s: Setting) -> Iterator[tuple[str, Policy]]:
     pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
-    load = build("nitsum", s).kv_load
     settings = replace(s.settings, cooldown_s=0.0, flips_at_once_max=10**6)
     for seconds in FORESIGHT_S:
         policy = Policy(
             NAME,
             pool,
-            FixedPause(0.0, load),
+            FixedPause(0.0, s.kv_load),
             s.resident_tp,
             keeping(s.planner),
             None,
             settings,
             foresight_s=seconds,
             limits=governed,
-            kv_load=load,
+            kv_load=s.kv_load,
         )
         yield f"the true demand of the coming {seconds:g} s", policy
     yield "the demand that nitsum estimates", replace(build("nitsum@free", s), settings=settings)

@@ -61,6 +61,11 @@ class Setting:
         return tuple(t for t in self.model.tp_sizes if t in allowed and t <= min(widest, self.pool.budget_gpus) and t in legal)
 
     @property
+    def kv_load(self) -> KvLoad | None:
+        """What planners count on where roles hand over."""
+        return self.flip_cost if isinstance(self.flip_cost, KvLoad) else None
+
+    @property
     def resident_tp(self) -> tuple[int, ...]:
         """Those that our planner keeps resident."""
         return worth_residing(self.model, self.tps)
@@ -81,7 +86,8 @@ def _static(s: Setting, name: str, tp_size: int) -> Policy:
 
 def _resplit(s: Setting, name: str, tp_size: int) -> Policy:
     first = uniform(s.pool, s.nodes, tp_size, f"policy {name}")
-    return Policy(name, _fixed(s, tp_size, AdaptationMode.ACTIVE), s.flip_cost, (tp_size,), s.planner, first, s.settings)
+    pool = _fixed(s, tp_size, AdaptationMode.ACTIVE)
+    return Policy(name, pool, s.flip_cost, (tp_size,), s.planner, first, s.settings, kv_load=s.kv_load)
 
 
 def _replicas(s: Setting, name: str, tp_size: int) -> Policy:
@@ -92,8 +98,8 @@ def _replicas(s: Setting, name: str, tp_size: int) -> Policy:
 
 
 def _nitsum(s: Setting, name: str) -> Policy:
-    load = s.flip_cost if isinstance(s.flip_cost, KvLoad) else None
-    return Policy(name, replace(s.pool, mode=AdaptationMode.ACTIVE), s.flip_cost, s.resident_tp, s.planner, None, s.settings, kv_load=load)
+    pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
+    return Policy(name, pool, s.flip_cost, s.resident_tp, s.planner, None, s.settings, kv_load=s.kv_load)
 
 
 def _nitsum_at(s: Setting, name: str, flip: str) -> Policy:
