@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.demand import TierDemand
-from nitsum.layout import FlipMode, Layout, Role
+from nitsum.layout import FlipMode, Group, Layout, Role, TierShare
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, Plan, Snapshot, Verdict
 from nitsum.planner.capacity import Capacity
@@ -166,6 +166,46 @@ def test_the_fast_plane_keeps_roles_and_labels_a_block_as_one() -> None:
         assert all(g.capacity.prefill_tokens_per_step == 0 and g.capacity.max_running > 0 for g in prefill)
         seen.add((prefill[0].capacity, decode[0].shares))
     assert len(seen) > 1, "shares follow demand"
+
+
+def by_hand(node: NodeView, *groups: tuple[int, int, Role]) -> NodeView:
+    """With groups at (first GPU, TP, role), named as the planner names them."""
+    uuids = [g.uuid for g in node.node.gpus]
+    names = [f"default.chat-tp{tp}-{first}" for first, tp, _ in groups]
+    made = (
+        Group(name, name, "default/chat", "llama", tp, tuple(uuids[first : first + tp]), role, (TierShare("chat", 1.0),))
+        for name, (first, tp, role) in zip(names, groups, strict=True)
+    )
+    return replace(node, layout=Layout(tuple(made)))
+
+
+def test_a_block_and_a_group_as_wide_are_labelled_apart() -> None:
+    p = pool("default/chat", 8, CHAT, BULK)
+    (node,) = fleet(8)
+    node = by_hand(node, (0, 2, Role.DECODE), (2, 1, Role.PREFILL), (3, 1, Role.PREFILL), (4, 4, Role.MIXED))
+    for chat, bulk in ((0.0, 30.0), (5.0, 5.0), (60.0, 0.0), (30.0, 60.0)):
+        plan = FastPlane(Capacity(governed=True))(snapshot((p,), (node,), chat=chat, bulk=bulk), 0.0)
+        assert {g.group_id: (g.role, g.tp_size) for g in plan.nodes[0].layout.groups} == {
+            g.group_id: (g.role, g.tp_size) for g in node.layout.groups
+        }
+        served = {s.tier for g in plan.nodes[0].layout.groups for s in g.shares if s.share > 0}
+        assert served == {"chat", "bulk"}
+
+
+def test_where_a_block_comes_in_part_what_is_there_does_both_meanwhile() -> None:
+    """Four groups of TP 1 on each of two nodes, and a budget that lets the rest of a block of eight come only after some have gone."""
+    p = pool("default/chat", 8, allowed_tp=(1, 4))
+    nodes = tuple(by_hand(n, *((i, 1, Role.MIXED) for i in range(4, 8))) for n in fleet(8, 8))
+    seen = []
+    for step in range(4):
+        now = 100.0 * (step + 1)
+        plan = SlowPlane(governed=True)(snapshot((p,), nodes, now, chat=60.0), now)
+        assert paired(plan)
+        assert sum(max(len(n.layout.gpu_uuids), len(w.layout.gpu_uuids)) for n, w in zip(nodes, plan.nodes, strict=True)) <= 8
+        nodes = applied(nodes, plan)
+        seen.append(roles(plan))
+    assert seen[0] != seen[-1]
+    assert seen[-1] == Counter({(Role.PREFILL, 1): 4, (Role.DECODE, 4): 1})
 
 
 def test_what_a_lost_gpu_leaves_of_a_block_does_both_or_ends() -> None:
