@@ -73,7 +73,7 @@ def prefill_budget(
     def fits(pages: int) -> bool:
         return step_ms(model, tp_size, pages * page, batch, ctx, behind) <= tpot_ms
 
-    return _most(fits, max(chunk_max // page, 1)) * page
+    return largest(fits, max(chunk_max // page, 1)) * page
 
 
 def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
@@ -87,7 +87,7 @@ def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, 
         chunk = min(max(round(b * prompt / output), 1), CHUNK_MAX)
         return step_ms(model, tp_size, chunk, b, ctx, depth(prompt, chunk)) <= tpot_ms
 
-    return _most(fits, max(int(kv_tokens / (prompt + output)), 1))
+    return largest(fits, max(int(kv_tokens / (prompt + output)), 1))
 
 
 def sizes(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> tuple[int, int]:
@@ -111,11 +111,11 @@ def sizes(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot
         often = min(b * prompt / output / chunk, 1.0)
         return alone + often * (step_ms(model, tp_size, chunk, b, ctx, depth(prompt, chunk)) - alone) <= MEAN * tpot_ms
 
-    most = _most(fits, max(int(kv_tokens / (prompt + output)), 1))
+    most = largest(fits, max(int(kv_tokens / (prompt + output)), 1))
     return most, lump(most)
 
 
-def _most(fits: Callable[[int], bool], high: int) -> int:
+def largest(fits: Callable[[int], bool], high: int) -> int:
     """The largest that fits, by bisection; at least 1."""
     low = 1
     if fits(high):

@@ -41,10 +41,7 @@ class Case:
 
 
 def lengths(mean: float, cv: float) -> Lengths:
-    if not cv:
-        return Lengths(mean)
-    sigma = math.sqrt(math.log(1 + cv**2))
-    return Lengths(mean, mean * math.exp(1.2816 * sigma - sigma**2 / 2))
+    return Lengths(mean, cv)
 
 
 def chunk(c: Case) -> int | None:

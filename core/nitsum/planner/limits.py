@@ -14,7 +14,7 @@ SHELTERED, SHARE_MIN = 1e-3, 2e-3
 """Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
 MIXED_MIN = 0.1
 """Of a tier's use of its groups: routers do not know flows, so some of each tier that a group serves comes to it."""
-PATIENCE = 0.75
+PATIENCE = 0.45
 """Of the TTFT that may pass in a queue: the request's own prefill comes after it."""
 FILLED = 0.8
 """Part of a group's time that background may fill up: its prompts go in turn with the others'."""

@@ -107,8 +107,8 @@ class Problem:
     """GPUs by pool, less those that lost nodes may hold."""
     runs: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
     """Groups that run now by (class index, pool, TP)."""
-    flip_loss: Mapping[str, float] = field(default_factory=dict)
-    """By pool: score lost per GPU that changes its TP: pause x what a GPU earns / expected dwell."""
+    flip_loss: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    """By pool and TP: score lost per GPU that changes to it: pause x what a GPU earns / expected dwell."""
 
     def legal(self, counts: Counts) -> bool:
         """Budgets, nodes and blocks."""
@@ -131,7 +131,7 @@ class Problem:
 
     def new_loss(self, pool: str, tp_size: int) -> float:
         """Of one group that did not run before."""
-        return tp_size * self.flip_loss.get(pool, 0.0) + KEEP
+        return tp_size * self.flip_loss.get((pool, tp_size), 0.0) + KEEP
 
     def switch_loss(self, counts: Counts) -> float:
         """Of groups that are new on their class: GPUs x flip_loss, and KEEP for each."""

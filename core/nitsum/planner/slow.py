@@ -9,6 +9,7 @@
 4. Counts become GPUs with the least disturbance; which tiers each group serves is the fast plane's business (`serve`).
 """
 
+from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ from nitsum.planner.words import crowded, describe, goodput, outlook, profile, s
 from nitsum.pool import AdaptationMode
 
 STEADY = 0.4
+DWELL_MAX = 10
+"""Multiple of the expected dwell: a layout that has stood for longer than that says no more about the next one."""
 STALE = "no fresh demand report: the last safe layout stays"
 
 
@@ -43,14 +46,25 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
     return ""
 
 
+def stood(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
+    """Seconds since the pool's last flip; of one that never flipped nothing is known but that it is over."""
+    mine = {agent_id for _, agent_id, _ in q.running}
+    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
+    return now - max(flipped) if flipped else 2 * snapshot.settings.dwell_s
+
+
+def dwell(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
+    """Seconds that the next layout is expected to last: as long as the last one has, within bounds."""
+    least = snapshot.settings.dwell_s
+    return min(max(stood(q, snapshot, now), least), DWELL_MAX * least)
+
+
 def gain_asked(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
     """The least relative gain of a change: `gain_min` at first, STEADY of it where a layout has stood for twice the dwell that is expected
     after a flip, so that what is a little better for long does not stay out of reach."""
-    mine = {agent_id for _, agent_id, _ in q.running}
-    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
     settings = snapshot.settings
-    stood = min((now - max(flipped)) / (2 * settings.dwell_s), 1.0) if flipped and settings.dwell_s > 0 else 1.0
-    return settings.gain_min * (1 - (1 - STEADY) * stood)
+    steady = min(stood(q, snapshot, now) / (2 * settings.dwell_s), 1.0) if settings.dwell_s > 0 else 1.0
+    return settings.gain_min * (1 - (1 - STEADY) * steady)
 
 
 @dataclass(frozen=True)
@@ -157,8 +171,8 @@ class SlowPlane:
         running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
         counts = counts_of(asked.kinds, members, running)
         current = self._at_best(asked, value(asked, counts, "as it runs"))
-        losses = {q.pool.name: flip_loss(q, snapshot, _score(asked, current, q.pool.name)) for q in moves if q.running}
-        asked = replace(asked, flip_loss=losses)
+        losses = [flip_loss(q, snapshot, _score(asked, current, q.pool.name), dwell(q, snapshot, now)) for q in moves]
+        asked = replace(asked, flip_loss=dict(ChainMap(*losses)))
         base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
         best = self._best(asked)
         change = not counts or wins(asked, best, base, gain_min)
