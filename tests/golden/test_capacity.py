@@ -109,7 +109,12 @@ def grid(tps: tuple[int, ...], targets: tuple[tuple[float | None, float | None],
             yield Case(tp, prompt, output, cv, ttft, tpot, governed)
 
 
-CASES = [c for c in grid((1, 4), ((500, 20), (1000, 40))) if c.cv == 1.0 or c.prompt[0] == 1000]
+CASES = [
+    *(c for c in grid((1, 4), ((500, 20), (1000, 40))) if c.cv == 1.0 or c.prompt[0] == 1000),
+    # Long prompts of which some are very long, and KV that is full long before the time is.
+    *(Case(tp, (12000, 1.3), (340, 0.7), 1.0, 10_000, 40, True) for tp in (1, 2, 4)),
+    *(Case(tp, (1240, 1.0), (205, 0.8), 1.0, 10_000, 100, governed) for tp in (1, 4) for governed in (False, True)),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

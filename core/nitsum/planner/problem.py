@@ -133,15 +133,20 @@ class Problem:
         """Of one group that did not run before."""
         return tp_size * self.flip_loss.get((pool, tp_size), 0.0) + KEEP
 
+    def widths(self, counts: Counts) -> dict[tuple[int, str, int], int]:
+        """Groups by class, pool and TP, whatever tiers they serve."""
+        found: dict[tuple[int, str, int], int] = {}
+        for (c, k), n in counts.items():
+            if n:
+                key = c, self.kinds[k].pool, self.kinds[k].tp_size
+                found[key] = found.get(key, 0) + n
+        return found
+
     def switch_loss(self, counts: Counts) -> float:
         """Of groups that are new on their class: GPUs x flip_loss, and KEEP for each."""
-        new: dict[tuple[int, str, int], int] = {}
-        for (c, k), n in counts.items():
-            key = c, self.kinds[k].pool, self.kinds[k].tp_size
-            new[key] = new.get(key, 0) + n
         if not self.runs:
             return 0.0
-        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2]) for key, n in new.items())
+        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2]) for key, n in self.widths(counts).items())
 
 
 @dataclass(frozen=True)

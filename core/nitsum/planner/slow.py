@@ -167,7 +167,8 @@ class SlowPlane:
     def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
         gain_min = min(gain_asked(q, snapshot, now) for q in moves)
         asked, members, _ = problem(moves, snapshot, self._capacity, barred)
-        runs = {q.pool.name: relabelled(as_placed(q), as_kinds(q, asked.kinds, as_placed(q), gain_min)) for q in moves}
+        usual = snapshot.settings.gain_min  # which tiers groups serve is the fast plane's: with its eyes, or labels go to and fro
+        runs = {q.pool.name: relabelled(as_placed(q), as_kinds(q, asked.kinds, as_placed(q), usual)) for q in moves}
         running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
         counts = counts_of(asked.kinds, members, running)
         current = self._at_best(asked, value(asked, counts, "as it runs"))
@@ -175,7 +176,7 @@ class SlowPlane:
         asked = replace(asked, flip_loss=dict(ChainMap(*losses)))
         base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
         best = self._best(asked)
-        change = not counts or wins(asked, best, base, gain_min)
+        change = not counts or (asked.widths(best.counts) != asked.widths(base.counts) and wins(asked, best, base, gain_min))
         placed = _placed(asked, best.counts, members, running, barred) if change else None
         answer = best if placed is not None else base
         if placed is None:
@@ -187,7 +188,8 @@ class SlowPlane:
         decided = []
         for q in moves:
             mine = [p for p in placed if p.pool == q.pool.name]
-            serving = self._flowing(serve(q, asked.kinds, mine, gain_min, change, self._at_best))
+            labels = serve(q, asked.kinds, mine, gain_min, True, self._at_best) if change else serve(q, asked.kinds, mine, usual)
+            serving = self._flowing(labels)
             decided.append(
                 Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change, gain_min))
             )
