@@ -111,8 +111,8 @@ def grid(tps: tuple[int, ...], targets: tuple[tuple[float | None, float | None],
 
 CASES = [
     *(c for c in grid((1, 4), ((500, 20), (1000, 40))) if c.cv == 1.0 or c.prompt[0] == 1000),
-    # Long prompts of which some are very long, and KV that is full long before the time is.
-    *(Case(tp, (12000, 1.3), (340, 0.7), 1.0, 10_000, 40, True) for tp in (1, 2, 4)),
+    # Long prompts, and KV that is full long before the time is.
+    *(Case(tp, (12000, 0.7), (340, 0.7), 1.0, 10_000, 40, True) for tp in (1, 2, 4)),
     *(Case(tp, (1240, 1.0), (205, 0.8), 1.0, 10_000, 100, governed) for tp in (1, 4) for governed in (False, True)),
 ]
 
