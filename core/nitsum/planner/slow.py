@@ -17,7 +17,7 @@ from nitsum.planner import exact, greedy
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.place import Placed, Running, Slot, place
-from nitsum.planner.problem import Answer, Counts, Problem, value, wins
+from nitsum.planner.problem import Answer, Counts, Kind, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
@@ -109,7 +109,7 @@ class SlowPlane:
         found = kinds(q, snapshot, self._capacity)
         placed = as_placed(q)
         ended = {u for _, _, uuids in q.had for u in uuids} - {u for _, _, uuids in q.running for u in uuids}
-        placed = fill([q], placed, used - ended, max(len(p.gpus) for p in placed))
+        placed = fill([q], placed, used - ended, found, max(len(p.gpus) for p in placed))
         used |= {g.uuid for p in placed for g in p.gpus}
         serving = self._flowing(serve(q, found, placed, settings.gain_min))
         reasons, would = [profile(q, snapshot), *_repaired(q, placed)], False
@@ -184,7 +184,7 @@ class SlowPlane:
             kept = [p for ps in runs.values() for p in ps]
             added = {key: n for key, got in base.counts.items() if (n := got - counts.get(key, 0)) > 0}
             placed = kept + (_placed(asked, added, members, {}, barred | {g.uuid for p in kept for g in p.gpus}) or [])
-        placed = fill(moves, placed, set(barred))
+        placed = fill(moves, placed, set(barred), asked.kinds)
         decided = []
         for q in moves:
             mine = [p for p in placed if p.pool == q.pool.name]
@@ -260,14 +260,18 @@ def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], runni
     return found
 
 
-def fill(questions: list[PoolQuestion], placed: list[Placed], barred: set[str], widest: int = 1 << 30) -> list[Placed]:
-    """GPUs that nothing uses: the widest group that fits within the budget, for every tier (smallest where there is no SLO)."""
+def fill(
+    questions: list[PoolQuestion], placed: list[Placed], barred: set[str], found: tuple[Kind, ...], widest: int = 1 << 30
+) -> list[Placed]:
+    """GPUs that nothing uses: groups of the width at which a GPU serves most of the strictest tier (the smallest where there is no SLO),
+    within the budget, for every tier."""
     used = barred | {g.uuid for p in placed for g in p.gpus}
     result = list(placed)
     for q in questions:
         left = q.budget - sum(len(p.gpus) for p in result if p.pool == q.pool.name)
         tiers = tuple(t.name for t in q.slo_tiers)
-        for tp_size in sorted((t for t in q.tps if t <= widest), reverse=bool(tiers)):
+        each = {k.tp_size: k.rates[0] / k.tp_size for k in found if k.pool == q.pool.name and k.tiers == tiers[:1] and tiers}
+        for tp_size in sorted((t for t in q.tps if t <= widest), key=lambda t: (-each.get(t, 0.0), -t if tiers else t)):
             for n in q.nodes if tp_size <= left else ():
                 for block in n.node.blocks(tp_size):
                     if tp_size <= left and not used & {g.uuid for g in block}:
