@@ -190,7 +190,8 @@ class Group:
         """(decode steps of a request, share of requests)."""
         mean = self.prompt.mean
         self.door = door_ms(self.model, self.tp_size)
-        self.ctx = max(int(mean + self.output.mean / 2), 1)
+        self.ctx = max(int(mean + self.output.mean * (1 + self.output.cv**2) / 2), 1)
+        """Of a stream that runs, as long ones do longest."""
         one, two = self._prefill(mean), self._prefill(2 * mean)
         self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
         """Of a prefill step, whatever it carries."""
@@ -267,7 +268,7 @@ class Group:
     def _sized(self, tpot_ms: float) -> tuple[int, int]:
         """(as many as may run, tokens of prefill beside them)."""
         if tpot_ms not in self._sizes:
-            self._sizes[tpot_ms] = sizes(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens)
+            self._sizes[tpot_ms] = sizes(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens, self.ctx)
         return self._sizes[tpot_ms]
 
     def _attended(self, prompt: float, tpot_ms: float) -> float:

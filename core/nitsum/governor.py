@@ -76,12 +76,13 @@ def prefill_budget(
     return largest(fits, max(chunk_max // page, 1)) * page
 
 
-def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
+def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int, ctx: int = 0) -> int:
     """Most requests that may run so that a step of theirs that also carries its part of prefill ends within `tpot_ms`; at least 1.
 
     Where requests of `prompt` and `output` tokens (means) come as fast as they end, b decodes go with b x prompt / output of prefill.
+    `ctx`: mean length of those that run, where outputs are not alike: long ones run longest.
     """
-    ctx = max(int(prompt + output / 2), 1)
+    ctx = ctx or max(int(prompt + output / 2), 1)
 
     def fits(b: int) -> bool:
         chunk = min(max(round(b * prompt / output), 1), CHUNK_MAX)
@@ -90,14 +91,16 @@ def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, 
     return largest(fits, max(int(kv_tokens / (prompt + output)), 1))
 
 
-def sizes(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> tuple[int, int]:
-    """(requests of these mean lengths that may run, prefill tokens of a step beside them) so that a tier keeps `tpot_ms`.
+def sizes(
+    model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int, ctx: int = 0
+) -> tuple[int, int]:
+    """(requests of these mean lengths that may run, prefill tokens of a step beside them) so that a tier keeps `tpot_ms`; `ctx` as above.
 
     Every step ends within it where that leaves room for CHUNK_MIN; then prefill keeps up as well (`batch_max`). Else steps with prefill are
     longer, up to LUMP times the target, and so few that the mean over steps is within MEAN of it.
     """
-    ctx = max(int(prompt + output / 2), 1)
-    most = batch_max(model, tp_size, prompt, output, tpot_ms, kv_tokens)
+    ctx = ctx or max(int(prompt + output / 2), 1)
+    most = batch_max(model, tp_size, prompt, output, tpot_ms, kv_tokens, ctx)
     first = prefill_budget(model, tp_size, most, ctx, tpot_ms)
     chunk = prefill_budget(model, tp_size, most, ctx, tpot_ms, depth(prompt, first))
     if chunk >= CHUNK_MIN or tpot_ms <= 0:

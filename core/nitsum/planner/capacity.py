@@ -163,13 +163,13 @@ class Capacity:
         return found
 
     def size(
-        self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...]
+        self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...], ctx: float = 0.0
     ) -> tuple[int, int]:
         """(requests that may run, prefill tokens of a step beside them) so that streams keep `tpot_ms`; see `governor.sizes`."""
-        prompt, output = rounded(prompt, STEP), rounded(output, STEP)
-        key = version(model), tp_size, prompt, output, tpot_ms, resident
+        prompt, output, ctx = rounded(prompt, STEP), rounded(output, STEP), rounded(ctx, STEP) if ctx else 0.0
+        key = version(model), tp_size, prompt, output, tpot_ms, resident, ctx
         if key not in self._sizes:
-            self._sizes[key] = sizes(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident))
+            self._sizes[key] = sizes(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident), int(ctx))
             if len(self._sizes) > REMEMBERED_MAX:
                 self._sizes.popitem(last=False)
         return self._sizes[key]
