@@ -81,12 +81,14 @@ def _question(taken: Snapshot, capacity: Capacity) -> tuple[Problem, list[list[N
 
 def measure(gpus: int, turns: int) -> Took:
     nodes = fleet(gpus)
-    first = SlowPlane(use_exact=False)(snapshot(gpus, nodes, 0), 0.0)
+    first = SlowPlane(use_exact=False, governed=True)(snapshot(gpus, nodes, 0), 0.0)
     nodes = tuple(replace(n, residency=w.residency, layout=w.layout) for n in nodes if (w := first.node(n.node.agent_id)))
     capacity, timed = Capacity(governed=True), Timed()
     slow, without = SlowPlane(governed=True), SlowPlane(use_exact=False, governed=True)
     fast = FastPlane(Capacity(governed=True))
-    running = {("default/bench", n.node.agent_id, g.gpu_uuids): tuple(s.tier for s in g.shares) for n in nodes for g in n.layout.groups}
+    running = {
+        ("default/bench", n.node.agent_id, g.gpu_uuids, None): tuple(s.tier for s in g.shares) for n in nodes for g in n.layout.groups
+    }
     for turn in range(turns + 1):
         taken = snapshot(gpus, nodes, turn)
         asked, members, _ = timed("question", partial(_question, taken, capacity))

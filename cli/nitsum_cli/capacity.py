@@ -55,7 +55,7 @@ def command(
     context = int(model.context_length or getattr(times, "context_length", 0) or 0)
     asked = read_demand(demand_path, workload_path, pool, context)
     question = Question(pool, asked, times, times, gpus, kind, PlannerSettings(headroom_quantile=headroom))
-    planner, console = SlowPlane(), Console()
+    planner, console = SlowPlane(governed=True), Console()
     with Console(stderr=True).status("planning") as status:
         found = size(question, planner, lambda text: status.update(f"planning, {text}"))
     base = found.base
@@ -65,7 +65,7 @@ def command(
         wrong = "; ".join(f"{t.tier}: {t.binding or 'no group is left for it'}" for t in base.plan.tiers if not t.feasible)
         console.print(f"{pool.name}: no number of GPUs up to {GPUS_MAX} holds every target ({wrong})", highlight=False)
     else:
-        console.print(f"{pool.name}: needs {base.gpus} GPUs ({describe(base.widths)})", highlight=False)
+        console.print(f"{pool.name}: needs {base.gpus} GPUs ({describe(base.groups)})", highlight=False)
         for t in base.plan.tiers:
             slack = "-" if t.rate <= 0 else f"{t.slack:.2f}x"
             console.print(
@@ -93,7 +93,7 @@ def _document(pool: str, fleet: str, found: Sizing, profile: str, origin: str) -
         "fleet": fleet,
         "profile": {"name": profile, "origin": origin},
         "gpus": base.gpus,
-        "groups_by_tp": {str(tp): base.widths.count(tp) for tp in sorted(set(base.widths))},
+        "groups_by_tp": {str(tp): sum(of == tp for _, of in base.groups) for tp in sorted({tp for _, tp in base.groups})},
         "infeasible": list(base.infeasible),
         "tiers": {
             t.tier: {"rate_rps": round(t.rate, 6), "safe_rps": round(t.safe_rate, 6), "feasible": t.feasible, "binding": t.binding}

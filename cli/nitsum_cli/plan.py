@@ -11,6 +11,7 @@ from rich.table import Table
 from nitsum import demand_spec
 from nitsum.demand import TierDemand
 from nitsum.errors import InvalidSpec
+from nitsum.layout import ORDER, sort_of
 from nitsum.planner import NodeView, PlannerSettings, Snapshot
 from nitsum.planner.planes import Planes
 from nitsum.pool import Pool
@@ -58,16 +59,16 @@ def command(
     plan = Planes()(taken, 0.0)  # as the operator runs it
     (found,) = plan.pools
     console = Console()
-    shapes: dict[tuple[int, str], int] = {}
+    shapes: dict[tuple[int, int, str], int] = {}
     for n in plan.nodes:
         for g in n.layout.groups:
-            key = g.tp_size, "+".join(s.tier for s in g.shares if s.share > 0) or "any tier"
+            key = ORDER.index(g.role), g.tp_size, "+".join(s.tier for s in g.shares if s.share > 0) or "any tier"
             shapes[key] = shapes.get(key, 0) + 1
     console.print(
         f"{pool.name}: {found.gpus} of {pool.budget_gpus} GPUs, expected goodput {found.expected_goodput:.2f} requests/s", highlight=False
     )
-    for (tp_size, tiers), count in sorted(shapes.items()):
-        console.print(f"  {count} x TP{tp_size} for {tiers}", highlight=False)
+    for (role, tp_size, tiers), count in sorted(shapes.items()):
+        console.print(f"  {count} x {sort_of(tp_size, ORDER[role])} for {tiers}", highlight=False)
     table = Table("tier", "planned/s", "safe/s", "slack", "holds", "binds", box=SIMPLE)
     for t in found.tiers:
         slack = "-" if t.rate <= 0 else f"{t.slack:.2f}x"

@@ -178,6 +178,8 @@ class Group:
     resident_tp: tuple[int, ...] = ()
     crowd: int = 1
     """Groups alike among which routers spread what comes, the least loaded first: each sees less of bursts and of long prompts."""
+    late: float = 0.0
+    """ms from a request's first token, made elsewhere, to its first step here."""
     _decode: dict[int, float] = field(default_factory=dict)
     _sizes: dict[float, tuple[int, int]] = field(default_factory=dict)
     _fits: dict[float, int] = field(default_factory=dict)
@@ -445,7 +447,7 @@ class Group:
         share = 0.0
         for steps, weight in self.lives:
             spread2 = SPREAD**2 * (wide**2 + stalls2 / steps)
-            share += weight * _lognormal(target, tpot + burst / steps + CONVEX * spread2 / tpot, spread2)
+            share += weight * _lognormal(target, tpot + (burst + self.late) / steps + CONVEX * spread2 / tpot, spread2)
         return share
 
 

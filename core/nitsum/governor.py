@@ -91,6 +91,20 @@ def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, 
     return largest(fits, max(int(kv_tokens / (prompt + output)), 1))
 
 
+def streams_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
+    """Most streams that may decode where prompts come prefilled, so that the mean of their steps is within `tpot_ms`; at least 1.
+
+    One that comes costs its step the rest of a page. A stream sees as many steps as it has tokens, so the mean is what it gets.
+    """
+    ctx = max(int(prompt + output / 2), 1)
+
+    def fits(b: int) -> bool:
+        alone = model.decode_ms(tp_size, b, ctx)
+        return alone + min(b / output, 1.0) * (step_ms(model, tp_size, PAGE, b, ctx, int(prompt)) - alone) <= tpot_ms
+
+    return largest(fits, max(int(kv_tokens / (prompt + output)), 1))
+
+
 def sizes(
     model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int, ctx: int = 0
 ) -> tuple[int, int]:

@@ -14,6 +14,14 @@ class Role(StrEnum):
         return self is Role.MIXED or (self is Role.DECODE) is started
 
 
+ORDER = (Role.MIXED, Role.PREFILL, Role.DECODE)
+
+
+def sort_of(tp_size: int, role: Role) -> str:
+    """As people say it: `TP2`, `TP1 prefill`."""
+    return f"TP{tp_size}" if role is Role.MIXED else f"TP{tp_size} {role.lower()}"
+
+
 class FlipMode(StrEnum):
     """How a flip treats streams that run on the layout that ends."""
 

@@ -43,7 +43,8 @@ class GroupView:
     hint: bool = False
     """Its node does not list it as serving (any more): worth asking only for where it went."""
     role: Role = Role.MIXED
-    """New requests go where prompts are prefilled, streams that have a token where decoding is done; elsewhere if these are full."""
+    """Streams that have a token go where decoding is done, elsewhere if that is full. New requests go where prompts are prefilled, full or
+    not: a prompt in a group that decodes alone would stall all streams of its steps."""
 
     @property
     def load(self) -> float:
@@ -106,9 +107,13 @@ class _Ordered:
         meant = any(lists)
         found: list[Rank] = []
         late: list[Rank] = []
-        for ranks in lists if meant else self.lists.values():
+        asked = lists if meant else self.lists.values()
+        prefills = not self.started and any([ranks and not ranks[0][0] and not ranks[0][1] for ranks in asked])
+        for ranks in asked:
             left = 2
             for rank in ranks:
+                if prefills and rank[0]:
+                    break  # these only decode
                 if rank[4] in avoid:
                     late.append(rank)
                     continue
@@ -174,16 +179,17 @@ def decide(
     tier: str, background: bool, view: View, avoid: frozenset[tuple[str, str]] = frozenset(), started: bool = False
 ) -> Choice | None:
     """Least loaded first, groups meant for the tier before others, of those the ones whose role suits; those that just refused it last.
-    None: nothing serves."""
+    What has no token yet goes to groups that only decode where nothing else serves it. None: nothing serves."""
     if isinstance(view, Routes):
         groups, meant = view.best(tier, started, avoid)
     else:
         open_groups = [g for g in view if g.serving]
         pool = [g for g in open_groups if not g.tiers or tier in g.tiers]
         meant = bool(pool)
-        ordered = sorted(
-            pool or open_groups, key=lambda g: (g.key in avoid, not g.role.suits(started), g.hint, not g.feasible, g.load, g.key)
-        )
+        pool = pool or open_groups
+        if not started and any(g.role.suits(False) and not g.hint for g in pool):
+            pool = [g for g in pool if g.role.suits(False)]
+        ordered = sorted(pool, key=lambda g: (g.key in avoid, not g.role.suits(started), g.hint, not g.feasible, g.load, g.key))
         groups = tuple(ordered[:2])
     if not groups:
         return None

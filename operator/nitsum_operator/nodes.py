@@ -7,7 +7,7 @@ from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.conditions import NodeCondition, Reason
 from nitsum_api.resources import API_VERSION, NODE_KIND, EngineStatus, GpuStatus, GroupStatus, NodeStatus
 from nitsum_api.types.v1 import types_pb2
-from nitsum_operator.observe import Agent
+from nitsum_operator.observe import Agent, group_from
 from nitsum_operator.standing import condition
 from nitsum_operator.status import describe
 
@@ -63,7 +63,7 @@ def node_status(agent: Agent, before: Mapping[str, Any], now: str) -> NodeStatus
         applied_operation_id=r.applied_operation_id,
         problem=r.problem[:1024],
         draining=r.draining or agent.leaving,
-        layout=describe(g.tp_size for g in opened),
+        layout=describe(map(group_from, opened)),
         gpu_count=len(d.gpus),
         gpus=[GpuStatus(uuid=g.uuid, index=g.index, type=g.type, memory_bytes=g.memory_bytes, island=g.island) for g in d.gpus[:PARTS_MAX]],
         groups=[_group(g, index) for g in r.groups[:PARTS_MAX]],

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from nitsum.layout import Group, Layout
+from nitsum.layout import ORDER, Group, Layout, Role, sort_of
 from nitsum.planner.types import Plan, Snapshot, TierOutlook, Verdict
 from nitsum_api.conditions import PoolCondition, Reason, summary_reason
 from nitsum_api.resources import (
@@ -24,7 +24,7 @@ from nitsum_api.resources import (
 from nitsum_api.types.v1 import types_pb2
 from nitsum_operator.accept import Judgement
 from nitsum_operator.figures import Figures
-from nitsum_operator.observe import Agent
+from nitsum_operator.observe import Agent, group_from
 from nitsum_operator.standing import Standing, condition
 
 OUTCOMES: dict[int, Any] = {1: "Running", 2: "Done", 3: "Reverted", 4: "Failed"}
@@ -37,9 +37,11 @@ def rfc3339(t: float) -> str:
     return datetime.fromtimestamp(t, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def describe(tps: Iterable[int]) -> str:
-    """E.g. `2xTP1 1xTP2`."""
-    return " ".join(f"{n}xTP{tp}" for tp, n in sorted(Counter(tps).items()))
+def describe(groups: Iterable[Group]) -> str:
+    """E.g. `2xTP1 1xTP2`; with roles `1xTP2 + 2xTP1 prefill + 1xTP2 decode`."""
+    many = Counter((ORDER.index(g.role), g.tp_size) for g in groups)
+    mixed = all(ORDER[role] is Role.MIXED for role, _ in many)
+    return (" " if mixed else " + ").join(f"{n}x{sort_of(tp, ORDER[role])}" for (role, tp), n in sorted(many.items()))
 
 
 def _percent(share: float | None) -> str | None:
@@ -68,9 +70,10 @@ def tier_rows(name: str, figures: Figures, tiers: Iterable[str], plan: Mapping[s
 
 
 def serving(groups: Iterable[Group]) -> str:
-    """E.g. `2xTP1 chat+batch, 1xTP2 strict`: TP and the tiers that groups are for. A tier with next to no share only rides along."""
-    kinds = Counter((g.tp_size, "+".join(s.tier for s in g.shares if s.share > 1.5e-3) or "none") for g in groups)
-    return ", ".join(f"{n}xTP{tp} {tiers}" for (tp, tiers), n in sorted(kinds.items()))
+    """E.g. `2xTP1 chat+batch, 1xTP2 prefill strict`: TP, role and the tiers that groups are for. A tier with next to no share only rides
+    along."""
+    kinds = Counter((ORDER.index(g.role), g.tp_size, "+".join(s.tier for s in g.shares if s.share > 1.5e-3) or "none") for g in groups)
+    return ", ".join(f"{n}x{sort_of(tp, ORDER[role])} {tiers}" for (role, tp, tiers), n in sorted(kinds.items()))
 
 
 FIGURES = {"attainment", "goodput", "tiersSummary", "tiers"}
@@ -118,8 +121,8 @@ def pool_status(
     groups = tuple(r for x in agents if x.connected for r in x.report.groups if r.group.pool.name == name)
     opened = [r for r in groups if r.state == types_pb2.GROUP_STATE_OPEN]
     wanted = [g for n in plan.nodes for g in n.layout.groups if g.pool == name]
-    places = frozenset((g.engine_id, g.gpu_uuids) for g in wanted)
-    runs = frozenset((r.group.engine_id, tuple(r.group.gpu_uuids)) for r in opened)
+    places = frozenset((g.engine_id, g.gpu_uuids, g.role) for g in wanted)
+    runs = frozenset((g.engine_id, g.gpu_uuids, g.role) for g in map(group_from, (r.group for r in opened)))
     pool_plan = plan.pool(name)
     outlook = {t.tier: t for t in pool_plan.tiers} if pool_plan else {}
     held = len(set(seen.taken.holds.get(name, ())) - {u for r in groups for u in r.group.gpu_uuids})
@@ -136,7 +139,7 @@ def pool_status(
         observed_generation=generation,
         term=seen.term,
         reason=summary_reason(conditions),
-        layout=describe(r.group.tp_size for r in opened),
+        layout=describe(group_from(r.group) for r in opened),
         attainment=_percent(good / finished) if finished else before.get("attainment"),
         goodput=f"{sum(f.goodput for f in figures):.1f}/s",
         tiers_summary=" ".join(f"{t.name} {t.attainment}" for t in tiers if t.attainment)[:1024] or None,
@@ -159,8 +162,8 @@ def plan_status(
     pool_plan, now = plan.pool(name), rfc3339(seen.now)
     if pool_plan is None or judged.accepted is None:
         return PlanStatus.model_validate(before) if before else None
-    layout = describe(g.tp_size for g in wanted)
-    places = repr(sorted((g.engine_id, g.gpu_uuids) for g in wanted))
+    layout = describe(wanted)
+    places = repr(sorted((g.engine_id, g.gpu_uuids, *([] if g.role is Role.MIXED else [g.role.value])) for g in wanted))
     mark = sha256(places.encode()).hexdigest()[:12]
     changed = before.get("id") != mark
     verdict = Verdict.BLOCKED if pool_plan.verdict is Verdict.BLOCKED else Verdict.KEEP if same else Verdict.CHANGE
@@ -204,4 +207,4 @@ def _in_force(obj: Mapping[str, Any], judged: Judgement, before: Mapping[str, An
 
 
 def layout_text(layout: Layout, pool: str) -> str:
-    return describe(g.tp_size for g in layout.groups if g.pool == pool)
+    return describe(g for g in layout.groups if g.pool == pool)

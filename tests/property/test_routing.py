@@ -275,10 +275,38 @@ def test_new_requests_go_where_prefill_is_and_started_ones_where_decode_is() -> 
         new, started = decide("t", False, view), decide("t", False, view, started=True)
         assert new is not None
         assert started is not None
-        assert (new.groups, started.groups) == ((p, d), (d, p)), "full or not: the other kind is for what it refuses"
+        assert (new.groups, started.groups) == ((p,), (d, p)), "full or not: a prompt would stall what only decodes"
+        assert new.admission is AdmissionClass.BEST_EFFORT, "room to decode is none for a prompt"
     for view in ((p, d, idle), Routes((p, d, idle))):
         choices = [decide("t", False, view, started=s) for s in (False, True)]
         assert [c and c.groups for c in choices] == [(idle, p), (idle, d)]
+
+
+def test_what_only_decodes_takes_new_requests_where_nothing_else_serves_them() -> None:
+    free = GroupView(("a", "d"), 1, True, frozenset({"t"}), capacity=3, role=Role.DECODE)
+    p = GroupView(("a", "p"), 1, True, frozenset({"t"}), capacity=3, role=Role.PREFILL)
+    elsewhere, gone, closed = replace(p, tiers=frozenset({"u"})), replace(p, hint=True), replace(p, serving=False)
+    for others in ((), (elsewhere,), (closed,)):
+        for view in ((free, *others), Routes((free, *others))):
+            choice = decide("t", False, view)
+            assert choice is not None
+            assert (choice.groups, choice.admission) == ((free,), AdmissionClass.FEASIBLE)
+    choice = decide("t", False, (free, gone))
+    assert choice is not None
+    assert set(choice.groups) == {free, gone}, "a group that its node does not list any more may not prefill"
+
+
+def test_a_new_request_that_prefill_refuses_is_shed_and_not_decoded_in_its_place() -> None:
+    p, d = (GroupView(("a", r), 1, True, frozenset(), role=r) for r in (Role.PREFILL, Role.DECODE))
+    for view in ((p, d), Routes((p, d))):
+        s = Stream("t", False, 0.0)
+        s.start(view, 0.0)
+        (answer,) = s.handle(Refused(1, 200), view, 0.1)
+        assert isinstance(answer, Fail)
+        assert (answer.status, answer.retry_after_ms) == (429, 200)
+        lost = Stream("t", False, 0.0)
+        lost.start(view, 0.0)
+        assert [type(c) for c in lost.handle(NodeLost(1), view, 0.1)] == [Retry], "its group may be back in a moment"
 
 
 def test_a_stream_that_moved_takes_the_successor_that_decodes() -> None:

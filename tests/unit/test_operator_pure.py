@@ -13,7 +13,7 @@ from cryptography import x509
 
 import nitsum_operator
 from nitsum.errors import InvalidSpec
-from nitsum.layout import Capacity, Group, Layout, TierShare
+from nitsum.layout import Capacity, Group, Layout, Role, TierShare
 from nitsum.perf.profile import shipped
 from nitsum.planner.planes import Planes
 from nitsum.planner.types import NodePlan, Plan, PlannerSettings, PoolPlan, TierOutlook, Verdict
@@ -540,6 +540,28 @@ def test_why_the_layout_is_as_it_is_stays_said_while_it_comes_about() -> None:
     stuck = shown(whole, before=decided, made=blocked).dump()
     assert stuck["plan"]["reasons"] == ["no GPU"]
     assert shown(whole, before=stuck, made=made).dump()["plan"]["reasons"][-1] == "first layout: 2xTP1", "it is blocked no more"
+
+
+def test_status_says_roles_and_a_change_of_role_is_a_new_plan() -> None:
+    whole = agent_of(link("n1", "n1", "g0", "g1"))
+    taken = snapshot({"n1": whole}, {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}, (), {}, {}, PlannerSettings())  # type: ignore[dict-item]
+    made = decide(taken, 0)
+    (node,) = made.nodes
+    parts = zip(node.layout.groups, (Role.PREFILL, Role.DECODE), strict=True)
+    groups = tuple(replace(g, role=role, shares=(TierShare("t", 1.0),)) for g, role in parts)
+    roles = replace(made, nodes=(replace(node, layout=Layout(groups)),))
+    mixed = shown(whole, made=made).dump()["plan"]
+    plan = shown(whole, made=roles, before={"plan": mixed}).dump()["plan"]
+    assert (plan["layout"], plan["serving"]) == ("1xTP1 prefill + 1xTP1 decode", "1xTP1 prefill t, 1xTP1 decode t")
+    assert (plan["id"] != mixed["id"], plan["generation"]) == (True, mixed["generation"] + 1)
+
+    def running(of: tuple[Group, ...]) -> Agent:
+        reports = [agent_pb2.GroupReport(group=group_proto(g, "u"), state=types_pb2.GROUP_STATE_OPEN) for g in of]
+        return agent_of(link("n1", "n1", "g0", "g1", groups=reports))
+
+    assert shown(running(groups), made=roles).dump()["plan"]["verdict"] == "Keep"
+    assert shown(running(node.layout.groups), made=roles).dump()["plan"]["verdict"] == "Change", "its roles are not there yet"
+    assert node_status(running(groups), {}, "2026-01-01T00:00:00Z").layout == "1xTP1 prefill + 1xTP1 decode"
 
 
 def test_figures_and_what_follows_from_them_are_no_reason_to_write_at_once() -> None:

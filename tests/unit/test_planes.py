@@ -87,6 +87,16 @@ def test_until_what_it_wanted_runs_it_is_asked_again() -> None:
     assert [planes(taken(NODE, t, chat=20), t)[1] for t in (1, 2)] == [1, 1], "nothing of it runs yet"
 
 
+def test_until_its_roles_are_there_it_is_asked_again() -> None:
+    tight = replace(POOL, tiers=(Tier("chat", 1000, 5.5, default=True),))
+    planes = Counted()
+    first, _ = planes(taken(NODE, 0, tight, chat=80), 0)
+    node = applied(first)
+    assert {g.role for g in node.layout.groups} == {Role.PREFILL, Role.DECODE}
+    late = replace(node, layout=Layout(tuple(replace(g, role=Role.MIXED) for g in node.layout.groups)))
+    assert [planes(taken(at, t, tight, chat=80), t)[1] for at, t in ((late, 1), (late, 2), (node, 3), (node, 4))] == [1, 1, 1, 0]
+
+
 def test_an_engine_that_has_failed_stays_wanted_between_its_answers() -> None:
     planes = Counted()
     first, _ = planes(taken(NODE, 0, chat=20), 0)

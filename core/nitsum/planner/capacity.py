@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 
 from nitsum.attainment import MARGIN, Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
-from nitsum.governor import sizes
+from nitsum.governor import CHUNK_MIN, prefill_budget, sizes, streams_max
+from nitsum.layout import Role
 from nitsum.perf import StepTimeModel
+from nitsum.planner import handover
 from nitsum.planner.problem import Kind
 
 REMEMBERED_MAX, ENGINES_MAX = 8192, 256
@@ -108,6 +110,8 @@ class Capacity:
         guest: tuple[float, float] | None = None,
         partly: bool = False,
         crowd: int = 1,
+        role: Role = Role.MIXED,
+        load_ms: float = 0.0,
     ) -> Safe:
         """`tier`: of whom, and its guest; tells apart what was last known. `guest`: prompt and its spread of a stricter tier that shares
         the group.
@@ -116,8 +120,10 @@ class Capacity:
 
         `partly`: near targets that cannot be held, more requests meet them at a rate at which many do not: that counts. The second try
         is what would hold without bursts, so that of TPs of which none holds the nearest is preferred.
+
+        `load_ms`: of a mean prompt's KV, into a group that only decodes.
         """
-        rest = version(model), tp_size, goal, resident, partly
+        rest = version(model), tp_size, goal, resident, partly, role
         key, last = (*rest, guest, m, crowd), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
@@ -127,7 +133,7 @@ class Capacity:
             self.guessed = True
             return before[2]
         other = lengths(*guest) if guest else None
-        engine = self._engine(model, tp_size, m, resident)
+        engine = self._engine(model, tp_size, m, resident, role, load_ms)
         found = safe(engine.among(crowd, m.dispersion, other), goal)
         held = found.rate
         for part, rush in ((HALF, m.dispersion), (HALF**2, 1.0)) if partly else ():
@@ -145,11 +151,15 @@ class Capacity:
                 known.popitem(last=False)
         return found
 
-    def _engine(self, model: StepTimeModel, tp_size: int, m: Mark, resident: tuple[int, ...]) -> Group:
-        key = version(model), tp_size, m.prompt, m.prompt_spread, m.output, m.output_spread, resident
+    def _engine(self, model: StepTimeModel, tp_size: int, m: Mark, resident: tuple[int, ...], role: Role, load_ms: float) -> Group:
+        key = version(model), tp_size, m.prompt, m.prompt_spread, m.output, m.output_spread, resident, role
         if (found := self._engines.get(key)) is None:
             prompt, output = lengths(m.prompt, m.prompt_spread), lengths(m.output, m.output_spread)
-            found = self._engines[key] = Group(model, tp_size, prompt, output, governed=self.governed, resident_tp=resident)
+            if role is Role.MIXED:
+                found = Group(model, tp_size, prompt, output, governed=self.governed, resident_tp=resident)
+            else:
+                found = handover.engine(role, model, tp_size, prompt, output, resident, load_ms)
+            self._engines[key] = found
             if len(self._engines) > ENGINES_MAX:
                 self._engines.popitem(last=False)
         return found
@@ -161,6 +171,20 @@ class Capacity:
             if len(self._kv_tokens) > REMEMBERED_MAX:
                 self._kv_tokens.popitem(last=False)
         return found
+
+    def decode_size(
+        self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...]
+    ) -> tuple[int, int]:
+        """As `size`, of a group that only decodes: prefill beside it is for what comes without its KV."""
+        prompt, output = rounded(prompt, STEP), rounded(output, STEP)
+        key = version(model), tp_size, prompt, output, tpot_ms, resident, Role.DECODE
+        if key not in self._sizes:
+            most = streams_max(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident))
+            chunk = prefill_budget(model, tp_size, most, max(int(prompt + output / 2), 1), tpot_ms)
+            self._sizes[key] = most, max(chunk, CHUNK_MIN)
+            if len(self._sizes) > REMEMBERED_MAX:
+                self._sizes.popitem(last=False)
+        return self._sizes[key]
 
     def size(
         self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...], ctx: float = 0.0

@@ -9,14 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nitsum.layout import Capacity as Limits
-from nitsum.layout import Group, Layout, TierShare
+from nitsum.layout import Group, Layout, Role, TierShare
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.limits import limits_of
-from nitsum.planner.place import Placed
+from nitsum.planner.place import Key, Placed
 from nitsum.planner.question import PoolQuestion
 from nitsum.planner.serve import Serving
+from nitsum.planner.split import Split
 from nitsum.planner.types import NodePlan, NodeView, Plan, PoolPlan, Snapshot
 from nitsum.residency import Residency, ResidentEngine
+
+Known = dict[tuple[str, int, tuple[str, ...], Role, Split | None], tuple[tuple[TierShare, ...], Limits]]
+"""Shares and limits of groups alike."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ def as_placed(q: PoolQuestion, nodes: Iterable[NodeView] | None = None) -> list[
     """What runs of a pool; `nodes`: other than those it may use."""
     gpus = {g.uuid: g for n in (q.nodes if nodes is None else nodes) for g in n.node.gpus}
     return [
-        Placed(p, a, tuple(gpus[u] for u in uuids), tiers)
-        for (p, a, uuids), tiers in sorted(q.running.items())
+        Placed(p, a, tuple(gpus[u] for u in uuids), tiers, split)
+        for (p, a, uuids, split), tiers in sorted(q.running.items(), key=lambda of: of[0][:3])
         if all(u in gpus for u in uuids)
     ]
 
@@ -68,17 +72,18 @@ class _Budget:
         return True
 
 
-Key = tuple[str, str, tuple[str, ...]]
+def _groups(placed: Iterable[Placed]) -> list[Placed]:
+    return [group for p in placed for group in p.groups()]
 
 
 def _affordable(decided: list[Decided], snapshot: Snapshot) -> tuple[list[Decided], dict[str, list[Placed]], set[Key]]:
-    """What may come in this plan; by pool what must wait for the next one; and groups that stay as they are until then, since they would
-    end now and nothing would follow."""
+    """What may come in this plan, group by group; by pool what must wait for the next one; and groups that stay as they are until then,
+    since they would end now and nothing would follow."""
     found, waiting, stays = [], dict[str, list[Placed]](), set[Key]()
     budgets = {d.q.pool.name: _Budget(d, snapshot) for d in decided}
     for d in decided:
         budget = budgets[d.q.pool.name]
-        ordered = sorted(d.placed, key=lambda p: (p.key[2] not in budget.before[p.agent_id], p.key))
+        ordered = sorted(_groups(d.placed), key=lambda p: (p.key[2] not in budget.before[p.agent_id], p.key))
         taken = [p for p in ordered if budget.take(p)]
         if len(taken) < len(ordered):
             kept = {p.key for p in taken}
@@ -90,7 +95,7 @@ def _affordable(decided: list[Decided], snapshot: Snapshot) -> tuple[list[Decide
     for i, d in enumerate(found):
         nodes = {p.agent_id for p in waiting.get(d.q.pool.name, ())}
         mine = []
-        for p in as_placed(d.q) if nodes else ():
+        for p in _groups(as_placed(d.q)) if nodes else ():
             if p.agent_id in nodes and not used & set(p.key[2]) and budgets[d.q.pool.name].take(p):
                 used |= set(p.key[2])
                 mine.append(p)
@@ -117,7 +122,7 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
         if n.schedulable and runs[n.node.agent_id] and runs[n.node.agent_id].keys() != wanted[n.node.agent_id]
     ]
     late = set(changing[snapshot.settings.flips_at_once_max :])
-    limits: dict[tuple[str, int, tuple[str, ...]], tuple[tuple[TierShare, ...], Limits]] = {}
+    limits: Known = {}
     nodes = []
     for n in ordered:
         agent_id = n.node.agent_id
@@ -134,8 +139,17 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
         residency = _residency(by_node[agent_id], n, groups) if resident else n.residency
         if waiting and resident:
             residency = _still(residency, n, [p for ps in waiting.values() for p in ps if p.agent_id == agent_id], groups)
-        nodes.append(NodePlan(agent_id, residency, Layout(tuple(sorted(groups, key=lambda g: g.group_id)))))
+        nodes.append(NodePlan(agent_id, residency, Layout(tuple(sorted(_paired(groups), key=lambda g: g.group_id)))))
     return Plan(_digest(nodes), tuple(nodes), tuple(d.plan for d in decided))
+
+
+def _paired(groups: list[Group]) -> list[Group]:
+    """Where a block could come in part only, a group without its counterpart does both until the rest is there."""
+    found = {(g.pool, g.role) for g in groups if g.role is not Role.MIXED}
+    if not found:
+        return groups
+    whole = {pool for pool, _ in found if {(pool, Role.PREFILL), (pool, Role.DECODE)} <= found}
+    return [g if g.role is Role.MIXED or g.pool in whole else replace(g, role=Role.MIXED) for g in groups]
 
 
 def _digest(nodes: list[NodePlan]) -> str:
@@ -165,7 +179,7 @@ def _group(
     p: Placed,
     runs: Group | None,
     snapshot: Snapshot,
-    known: dict[tuple[str, int, tuple[str, ...]], tuple[tuple[TierShare, ...], Limits]],
+    known: Known,
     capacity: Capacity,
 ) -> Group:
     uuids = p.key[2]
@@ -177,21 +191,22 @@ def _group(
         tiers = {t.name for t in d.q.pool.tiers}
         served = {s.tier for _, g in _groups_of(snapshot, p.pool) for s in g.shares}
         shares = tuple(s for s in runs.shares if s.tier in tiers) + tuple(TierShare(t, 0.0) for t in sorted(tiers - served))
-        return replace(runs, shares=shares)
+        return replace(runs, shares=shares, role=p.role)
     assert d.serving is not None
-    if (key := (p.pool, len(uuids), p.tiers)) not in known:
-        known[key] = limits_of(d.q, d.serving, len(uuids), p.tiers, snapshot, capacity)
+    if (key := (p.pool, len(uuids), p.tiers, p.role, p.split)) not in known:
+        known[key] = limits_of(d.q, d.serving, p, snapshot, capacity)
     shares, limits = known[key]
     if runs is not None:
-        return runs if runs.shares == shares and runs.capacity == limits else _limited(runs, shares, limits)
+        same = runs.shares == shares and runs.capacity == limits and runs.role is p.role
+        return runs if same else _limited(runs, p.role, shares, limits)
     name = engine_id(d.q, p.gpus[0].index, len(uuids))
-    return Group(name, name, p.pool, d.q.pool.model, len(uuids), uuids, shares=shares, capacity=limits)
+    return Group(name, name, p.pool, d.q.pool.model, len(uuids), uuids, p.role, shares, limits)
 
 
-def _limited(group: Group, shares: tuple[TierShare, ...], limits: Limits) -> Group:
+def _limited(group: Group, role: Role, shares: tuple[TierShare, ...], limits: Limits) -> Group:
     """As `replace`, which takes ten times as long: done for each group of a fleet, each second."""
     found = object.__new__(Group)
-    found.__dict__.update(group.__dict__, shares=shares, capacity=limits)
+    found.__dict__.update(group.__dict__, role=role, shares=shares, capacity=limits)
     return found
 
 

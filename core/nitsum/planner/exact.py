@@ -2,7 +2,7 @@
 and on one thread, so that equal questions get equal answers on any machine.
 
 Variables: n[c,k] groups (integer), f[k,t] flow of a tier through a kind, its pieces g[t,i],
-d[c,p,tp] groups beyond those that run. maximise sum weight x worth x g - loss x d.
+d[c,p,shape] groups beyond those that run. maximise sum weight x worth x g - loss x d.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ from highspy._core import _Highs
 from scipy.sparse import coo_matrix
 
 from nitsum.planner.problem import PIECES, Answer, Counts, Problem
+from nitsum.planner.split import Shape
 
 NODES_MAX = 64
 GAP = 1e-3
@@ -88,7 +89,7 @@ class Model:
             (c, k)
             for c, cls in enumerate(problem.classes)
             for k, kind in enumerate(kinds)
-            if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0 and any(kind.by_tier.values())
+            if cls.takes(kind) and any(kind.by_tier.values())
         ]
         self.n_at = {key: i for i, key in enumerate(able)}
         width = len(self.n_at)
@@ -104,10 +105,10 @@ class Model:
                     width += 1
         self.g_at = {(t, piece): width + PIECES * t + piece for t in range(len(wants)) for piece in range(PIECES)}
         width += len(self.g_at)
-        shapes: dict[tuple[int, str, int], list[int]] = {}
+        shapes: dict[tuple[int, str, Shape], list[int]] = {}
         groups: dict[int, list[tuple[int, float]]] = {}
         for (c, k), i in self.n_at.items():
-            shapes.setdefault((c, kinds[k].pool, kinds[k].tp_size), []).append(i)
+            shapes.setdefault((c, kinds[k].pool, kinds[k].shape), []).append(i)
             groups.setdefault(k, []).append((i, -1.0))
         self.d_at = {key: width + i for i, key in enumerate(sorted(shapes) if problem.runs else [])}
         width += len(self.d_at)
@@ -119,15 +120,17 @@ class Model:
         for k, flows in by_kind.items():
             rows.add(flows + groups.get(k, []), -np.inf, 0.0)
         for pool, budget in problem.budgets.items():
-            terms = [(i, float(tp)) for (_, of, tp), columns in shapes.items() if of == pool for i in columns]
+            terms = [(i, float(shape[0])) for (_, of, shape), columns in shapes.items() if of == pool for i in columns]
             if terms:
                 rows.add(terms, -np.inf, float(budget))
         for c, cls in enumerate(problem.classes):
             mine = {key: columns for key, columns in shapes.items() if key[0] == c}
-            rows.add([(i, float(tp)) for (_, _, tp), columns in mine.items() for i in columns], -np.inf, float(cls.nodes * cls.gpus))
-            for tp_size in sorted({tp for _, _, tp in mine}):
-                terms = [(i, 1.0) for (_, _, tp), columns in mine.items() if tp == tp_size for i in columns]
-                rows.add(terms, -np.inf, float(cls.nodes * cls.blocks[tp_size]))
+            rows.add(
+                [(i, float(shape[0])) for (_, _, shape), columns in mine.items() for i in columns], -np.inf, float(cls.nodes * cls.gpus)
+            )
+            for size in sorted({shape[0] for _, _, shape in mine}):
+                terms = [(i, 1.0) for (_, _, shape), columns in mine.items() if shape[0] == size for i in columns]
+                rows.add(terms, -np.inf, float(cls.nodes * cls.blocks[size]))
         for key, i in self.d_at.items():
             rows.add([*((j, 1.0) for j in shapes[key]), (i, -1.0)], -np.inf, float(problem.runs.get(key, 0)))
         self.rows = rows
@@ -141,7 +144,7 @@ class Model:
             if (at := self.n_at.get(key)) is not None:
                 x[at] = n
                 kind = problem.kinds[key[1]]
-                if (new := self.d_at.get((key[0], kind.pool, kind.tp_size))) is not None:
+                if (new := self.d_at.get((key[0], kind.pool, kind.shape))) is not None:
                     x[new] += n
         for key3, at in self.d_at.items():
             x[at] = max(x[at] - problem.runs.get(key3, 0), 0)
@@ -181,8 +184,8 @@ def solve(
     for t, w in enumerate(problem.wants):
         for piece, (most, worth) in enumerate(w.pieces()):
             gain[model.g_at[t, piece]], upper[model.g_at[t, piece]] = worth, most
-    for (_, pool, tp_size), i in model.d_at.items():
-        gain[i] = -problem.new_loss(pool, tp_size)
+    for (_, pool, shape), i in model.d_at.items():
+        gain[i] = -problem.new_loss(pool, shape)
     begin = model.started(problem, start) if start is not None and fixed is None else None
     if start is not None and begin is not None:
         found, _, _ = _run(-gain, model, lower, upper, 0, nodes_max, None)

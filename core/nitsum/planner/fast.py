@@ -8,7 +8,7 @@ from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.question import ask, kinds, stale
 from nitsum.planner.serve import serve
 from nitsum.planner.types import Plan, PoolPlan, Snapshot, Verdict
-from nitsum.planner.words import describe, goodput, outlook, profile
+from nitsum.planner.words import goodput, outlook, profile, told
 
 NEW_MAX = 1
 """Capacities computed anew in one call: lengths drift slowly, and the rest can wait for the next second."""
@@ -30,10 +30,10 @@ class FastPlane:
                 decided.append(Decided(q, tuple(as_placed(q, snapshot.nodes)), None, plan, True))
                 continue
             placed = as_placed(q)
-            found = kinds(q, snapshot, self._capacity, tuple(sorted({len(p.gpus) for p in placed})))
+            found = kinds(q, snapshot, self._capacity, tuple(sorted({len(p.gpus) for p in placed if p.split is None})))
             serving = serve(q, found, placed, snapshot.settings.gain_min)
             changed = {p.key: p.tiers for p in placed} != {p.key: p.tiers for p in serving.placed}
-            why = f"{describe(len(p.gpus) for p in placed)} stays{': which tiers its groups serve follows demand' if changed else ''}"
+            why = f"{told(placed)} stays{': which tiers its groups serve follows demand' if changed else ''}"
             plan = PoolPlan(
                 pool.name, q.gpus, goodput(q, serving.answer), outlook(q, found, serving), (profile(q, snapshot), why), (), Verdict.KEEP
             )

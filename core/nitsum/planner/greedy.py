@@ -40,10 +40,7 @@ class _Left:
             ways.sort(reverse=True)
             self.ways.append(ways)
             self.members.append(tuple({w[1] for w in ways}))
-        self.places = [
-            tuple(c for c, cls in enumerate(problem.classes) if kind.pool in cls.pools and cls.blocks.get(kind.tp_size, 0) > 0)
-            for kind in problem.kinds
-        ]
+        self.places = [tuple(c for c, cls in enumerate(problem.classes) if cls.takes(kind)) for kind in problem.kinds]
         for (c, k), n in sorted(start.items()):
             self.take(c, k, n, self.fill(k, float(n))[1])
 
@@ -79,11 +76,11 @@ class _Left:
         )
 
     def loss(self, c: int, k: int) -> float:
-        """Of one more group there: nothing where one of this pool and TP runs."""
+        """Of one more group there: nothing where one of this pool and shape runs."""
         kind = self.problem.kinds[k]
-        if not self.problem.runs or self.runs.get((c, kind.pool, kind.tp_size), 0) > 0:
+        if not self.problem.runs or self.runs.get((c, kind.pool, kind.shape), 0) > 0:
             return 0.0
-        return self.problem.new_loss(kind.pool, kind.tp_size)
+        return self.problem.new_loss(kind.pool, kind.shape)
 
     def take(self, c: int, k: int, n: int, filled: list[tuple[int, int, float]]) -> None:
         kind = self.problem.kinds[k]
@@ -91,7 +88,7 @@ class _Left:
         self.budget[kind.pool] = self.budget.get(kind.pool, 0) - n * kind.tp_size
         self.gpus[c] -= n * kind.tp_size
         self.blocks[c][kind.tp_size] = self.blocks[c].get(kind.tp_size, 0) - n
-        key = c, kind.pool, kind.tp_size
+        key = c, kind.pool, kind.shape
         self.runs[key] = max(self.runs.get(key, 0) - n, 0)
         self.taken += 1
         for t, piece, got in filled:
@@ -141,7 +138,7 @@ def solve(problem: Problem, start: Counts | None = None) -> Answer:
             heapq.heapreplace(heap, (-gain, k))
             continue
         n = min(int(min(left.need[t][piece] / got for t, piece, got in filled)), left.room(c, k))
-        if problem.runs and (running := left.runs.get((c, problem.kinds[k].pool, problem.kinds[k].tp_size), 0)) > 0:
+        if problem.runs and (running := left.runs.get((c, problem.kinds[k].pool, problem.kinds[k].shape), 0)) > 0:
             n = min(n, running)  # beyond those that run the price changes
         n = max(n, 1)
         left.take(c, k, n, [(t, piece, got * n) for t, piece, got in filled])

@@ -34,7 +34,7 @@ def standing(snapshot: Snapshot, now: float) -> Standing:
             n.leaving,
             n.flipping,
             n.last_flip_at is not None and now - n.last_flip_at < settings.cooldown_s,
-            tuple(sorted((g.pool, g.engine_id, g.gpu_uuids) for g in n.layout.groups)),
+            tuple(sorted((g.pool, g.engine_id, g.gpu_uuids, g.role) for g in n.layout.groups)),
         )
         for n in sorted(snapshot.nodes, key=lambda n: n.node.agent_id)
     )
@@ -79,8 +79,10 @@ class Planes:
             return True
         if any((d.pool, d.tier) not in self._demand or moved(self._demand[d.pool, d.tier], d) for d in snapshot.demand):
             return True
-        wanted = {n.agent_id: {(g.pool, g.engine_id) for g in n.layout.groups} for n in self._last.nodes}
-        return any(wanted.get(n.node.agent_id) != {(g.pool, g.engine_id) for g in n.layout.groups} for n in snapshot.nodes if n.schedulable)
+        wanted = {n.agent_id: {(g.pool, g.engine_id, g.role) for g in n.layout.groups} for n in self._last.nodes}
+        return any(
+            wanted.get(n.node.agent_id) != {(g.pool, g.engine_id, g.role) for g in n.layout.groups} for n in snapshot.nodes if n.schedulable
+        )
 
     def _helped(self, plan: PoolPlan, snapshot: Snapshot, now: float) -> PoolPlan:
         """With what would make its infeasible tiers feasible."""

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from nitsum.planner.split import Shape, Split, shape_of, widest_of
+
 SURGES = ((2.0, 1e-2), (4.0, 3e-3), (1e4, 1e-4))
 """(multiple of the demand up to which the piece goes, worth of a request/s in it)."""
 REACH, REST = 11.0, 1.0
@@ -50,10 +52,12 @@ PIECES = 2 + len(SURGES)
 
 @dataclass(frozen=True)
 class Kind:
-    """Groups of one sort. `tiers` strictest first; `rates` requests/s, 0 where even one request breaks a target; `binding` what limits."""
+    """Groups of one sort, or split blocks of one. `tiers` strictest first; `rates` requests/s, 0 where even one request breaks a target;
+    `binding` what limits."""
 
     pool: str
     tp_size: int
+    """Of a split block: its GPUs."""
     tiers: tuple[str, ...]
     rates: tuple[float, ...]
     binding: tuple[str, ...] = ()
@@ -61,6 +65,11 @@ class Kind:
     """Requests that may run at once, if of one tier alone."""
     held: float | None = None
     """Not None: of one tier whose targets a group can hold at this rate only; `rates` is what some of its requests would meet beyond it."""
+    split: Split | None = None
+
+    @cached_property
+    def shape(self) -> Shape:
+        return shape_of(self.tp_size, self.split)
 
     @property
     def full(self) -> bool:
@@ -80,7 +89,11 @@ class Kind:
 
     @property
     def label(self) -> str:
-        return f"TP{self.tp_size} for {'+'.join(self.tiers)}"
+        return f"{self.where} for {'+'.join(self.tiers)}"
+
+    @property
+    def where(self) -> str:
+        return f"TP{self.tp_size}" if self.split is None else f"({self.split})"
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,12 @@ class Class:
     gpus: int
     pools: frozenset[str]
     blocks: Mapping[int, int] = field(default_factory=dict)
-    """By TP: aligned blocks of one node (islands hold a group together)."""
+    """By GPUs: aligned blocks of one node (islands hold a group together)."""
+    only: Shape | None = None
+    """Not None: its GPUs are such groups already."""
+
+    def takes(self, kind: Kind) -> bool:
+        return kind.pool in self.pools and self.blocks.get(kind.tp_size, 0) > 0 and self.only in (None, kind.shape)
 
 
 Counts = dict[tuple[int, int], int]
@@ -105,10 +123,10 @@ class Problem:
     classes: tuple[Class, ...]
     budgets: Mapping[str, int]
     """GPUs by pool, less those that lost nodes may hold."""
-    runs: Mapping[tuple[int, str, int], int] = field(default_factory=dict)
-    """Groups that run now by (class index, pool, TP)."""
+    runs: Mapping[tuple[int, str, Shape], int] = field(default_factory=dict)
+    """Groups that run now by (class index, pool, shape)."""
     flip_loss: Mapping[tuple[str, int], float] = field(default_factory=dict)
-    """By pool and TP: score lost per GPU that changes to it: pause x what a GPU earns / expected dwell."""
+    """By pool and TP: score lost per GPU that changes to it, or its role: pause x what a GPU earns / expected dwell."""
 
     def legal(self, counts: Counts) -> bool:
         """Budgets, nodes and blocks."""
@@ -116,7 +134,7 @@ class Problem:
         by_class: dict[int, int] = {}
         for (c, k), n in counts.items():
             kind, cls = self.kinds[k], self.classes[c]
-            if kind.pool not in cls.pools or n < 0:
+            if not cls.takes(kind) or n < 0:
                 return False
             used[kind.pool] = used.get(kind.pool, 0) + n * kind.tp_size
             by_class[c] = by_class.get(c, 0) + n * kind.tp_size
@@ -129,16 +147,16 @@ class Problem:
             and all(n <= self.classes[c].nodes * self.classes[c].blocks.get(tp, 0) for (c, tp), n in blocks.items())
         )
 
-    def new_loss(self, pool: str, tp_size: int) -> float:
-        """Of one group that did not run before."""
-        return tp_size * self.flip_loss.get((pool, tp_size), 0.0) + KEEP
+    def new_loss(self, pool: str, shape: Shape) -> float:
+        """Of one group, or split block, that did not run before."""
+        return shape[0] * self.flip_loss.get((pool, widest_of(shape)), 0.0) + KEEP
 
-    def widths(self, counts: Counts) -> dict[tuple[int, str, int], int]:
-        """Groups by class, pool and TP, whatever tiers they serve."""
-        found: dict[tuple[int, str, int], int] = {}
+    def widths(self, counts: Counts) -> dict[tuple[int, str, Shape], int]:
+        """Groups by class, pool and shape, whatever tiers they serve."""
+        found: dict[tuple[int, str, Shape], int] = {}
         for (c, k), n in counts.items():
             if n:
-                key = c, self.kinds[k].pool, self.kinds[k].tp_size
+                key = c, self.kinds[k].pool, self.kinds[k].shape
                 found[key] = found.get(key, 0) + n
         return found
 

@@ -2,27 +2,24 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from statistics import NormalDist
 
-from nitsum.attainment import Goal
 from nitsum.demand import TierDemand
-from nitsum.layout import FlipMode, Group
-from nitsum.perf import StepTimeModel
+from nitsum.layout import FlipMode, Group, Role
+from nitsum.perf import KvLoad
 from nitsum.perf.memory import worth_residing
-from nitsum.planner.capacity import PRIOR_OUTPUT, PRIOR_PROMPT, Capacity, mark, version
-from nitsum.planner.place import Running
+from nitsum.planner import offer
+from nitsum.planner.capacity import Capacity, Mark, mark, version
+from nitsum.planner.place import Key, Running
 from nitsum.planner.problem import SURGES, Class, Counts, Kind, Problem, Want
+from nitsum.planner.sharing import crowd_of, runs_of, work
+from nitsum.planner.split import Shape, Split, read, shape_of
 from nitsum.planner.types import NodeView, Snapshot
 from nitsum.pool import Pool, Tier
 
 PRIOR_RATE = 0.05
 """requests/s assumed of a tier nobody has asked for yet: enough to tell a layout that could serve it from one that could not."""
-BATCH = 32
-SPARED = 1.0
-"""Of the misses that a tier's target allows, those that a plan counts on: the rest is for what estimates do not see."""
-MIXED_MAX = 3
-"""Neighbouring tiers that may share groups, unless all do: more sorts of groups cost time and gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,12 @@ class PoolQuestion:
 
     @property
     def gpus(self) -> int:
-        return sum(len(uuids) for _, _, uuids in self.running)
+        return sum(len(key[2]) for key in self.running)
+
+    @cached_property
+    def splits(self) -> frozenset[Split]:
+        """How its split blocks that run divide."""
+        return frozenset(key[3] for key in self.running if key[3] is not None)
 
     @property
     def mark(self) -> str:
@@ -90,22 +92,39 @@ def _meant(g: Group) -> tuple[str, ...]:
     return tuple([s.tier for s in g.shares if s.share > 1.5e-3] or [s.tier for s in g.shares])
 
 
+def _units(pool: str, n: NodeView, groups: list[Group]) -> list[tuple[Key, tuple[Group, ...]]]:
+    """Of a pool's groups on a node: each split block as one, what belongs to none alone, whatever its role is."""
+    if all([g.role is Role.MIXED for g in groups]):
+        return [((pool, n.node.agent_id, g.gpu_uuids, None), (g,)) for g in groups]
+    blocks = [
+        ((pool, n.node.agent_id, tuple(u for g in members for u in g.gpu_uuids), split), members) for split, members in read(n.node, groups)
+    ]
+    inside = {g.group_id for _, members in blocks for g in members}
+    return [*blocks, *(((pool, n.node.agent_id, g.gpu_uuids, None), (g,)) for g in groups if g.group_id not in inside)]
+
+
 def _fits(pool: Pool, mark: str, nodes: list[NodeView], tps: tuple[int, ...], budget: int) -> Running:
-    """Groups that may go on. Where they are more than the budget, those with the most KV."""
-    found = []
+    """Groups that may go on. Where they are more than the budget, those with the most KV; of a split block all or none in its roles."""
+    found: list[tuple[int, Key, tuple[Group, ...]]] = []
     for n in nodes:
         here = {g.uuid for g in n.node.gpus}
-        for g in n.layout.groups:
-            same = g.pool == pool.name and g.model == pool.model and g.engine_id.endswith(mark)
-            if same and g.tp_size in tps and here.issuperset(g.gpu_uuids):
-                key = pool.name, n.node.agent_id, g.gpu_uuids
-                found.append((-n.resident_tokens.get(g.group_id, 0), key, _meant(g)))
-    fits: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {}
+        groups = [
+            g
+            for g in n.layout.groups
+            if g.pool == pool.name and g.model == pool.model and g.engine_id.endswith(mark) and g.tp_size in tps
+            if here.issuperset(g.gpu_uuids)
+        ]
+        for key, members in _units(pool.name, n, groups):
+            found.append((-sum(n.resident_tokens.get(g.group_id, 0) for g in members), key, members))
+    fits: dict[Key, tuple[str, ...]] = {}
     left = budget
-    for _, key, tiers in sorted(found):
+    units = [(key, members) for _, key, members in sorted(found, key=lambda f: f[:2])]
+    for key, members in units:  # grows
         if len(key[2]) <= left:
-            fits[key] = tiers
+            fits[key] = _meant(members[0])
             left -= len(key[2])
+        elif key[3] is not None:
+            units += [((*key[:2], g.gpu_uuids, None), (g,)) for g in members]
     return dict(sorted(fits.items()))
 
 
@@ -114,12 +133,14 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     matching = [n for n in ordered if set(pool.node_selector) <= set(n.node.labels)]
     inside = [n for n in matching if not n.leaving] or [n for n in matching if any(g.pool == pool.name for g in n.layout.groups)]
     agents = {n.node.agent_id for n in inside}
-    had: dict[tuple[str, str, tuple[str, ...]], tuple[str, ...]] = {
-        (pool.name, n.node.agent_id, g.gpu_uuids): _meant(g) for n in ordered for g in n.layout.groups if g.pool == pool.name
+    had = {
+        key: _meant(members[0])
+        for n in ordered
+        for key, members in _units(pool.name, n, [g for g in n.layout.groups if g.pool == pool.name])
     }
     away = {u for n in snapshot.nodes if n.node.agent_id not in agents for g in n.layout.groups if g.pool == pool.name for u in g.gpu_uuids}
     budget = max(pool.budget_gpus - len(away | set(snapshot.holds.get(pool.name, ()))), 0)
-    runs_here = {a for _, a, _ in had}
+    runs_here = {key[1] for key in had}
     nodes = [n for n in inside if n.node.legal_tp.get(pool.model) or n.node.agent_id in runs_here]
     times = snapshot.step_times[pool.name]
     legal = _degrees(pool, nodes, times.tp_sizes, min(max((len(n.node.gpus) for n in nodes), default=0), budget))
@@ -145,49 +166,13 @@ def stale(pool: str, snapshot: Snapshot, now: float) -> bool:
     return not known or all(now - d.observed_at > snapshot.settings.stale_after_s for d in known)
 
 
-def goal_of(tier: Tier, members: tuple[Tier, ...] = ()) -> tuple[Goal, str]:
-    """What must hold of a tier in a group that these share, and the tier whose TTFT suffers most there, if another.
-
-    All decode in the same steps, so the strictest TPOT is everyone's; prompts wait for each other, but each has its own TTFT.
-    """
-    share = max(1 - SPARED * (1 - t.target) for t in (tier, *members))
-    tpot = min((t.tpot_ms for t in (tier, *members) if t.tpot_ms is not None), default=None)
-    guest = min((t for t in members if t.ttft_ms is not None and t != tier), key=lambda t: (t.ttft_ms, t.name), default=None)
-    if guest is None or (tier.ttft_ms is not None and (guest.ttft_ms or 0.0) > tier.ttft_ms):
-        return Goal(tier.ttft_ms, tpot, share), ""
-    return Goal(tier.ttft_ms, tpot, share, guest.ttft_ms), guest.name
-
-
-def work(d: TierDemand, model: StepTimeModel, tp_size: int) -> float:
-    """Of a group's time, what a tier takes at a moderate batch; only compared with that of other tiers."""
-    prompt, output = d.prompt_tokens_mean or PRIOR_PROMPT, d.output_tokens_mean or PRIOR_OUTPUT
-    decode_ms = model.decode_ms(tp_size, BATCH, int(prompt + output / 2)) / BATCH
-    return d.rate * (model.prefill_ms(tp_size, max(int(prompt), 1)) + output * decode_ms)
-
-
-def _crowd(groups: int, part: float) -> int:
-    """Groups among which the arrivals of tiers are spread that make this part of the work; a power of 2, so as not to tremble."""
-    return 1 << max(int(groups * part + 0.25).bit_length() - 1, 0)
-
-
-@lru_cache(maxsize=256)
-def _runs(tiers: tuple[Tier, ...]) -> tuple[tuple[tuple[str, Goal, str], ...], ...]:
-    """Tiers that may share groups: of each run of neighbours, (tier, its goal there, the tier whose TTFT suffers)."""
-    runs = [
-        tiers[first:last]
-        for first in range(len(tiers))
-        for last in range(first + 1, len(tiers) + 1)
-        if last - first <= MIXED_MAX or last - first == len(tiers)
-    ]
-    return tuple(tuple((t.name, *goal_of(t, members)) for t in members) for members in runs)
-
-
 def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
-    """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers."""
+    """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers.
+    Then split blocks: those that run, and without `tps` those that are worth it (`offer`)."""
     pool, tiers = question.pool, question.slo_tiers
     model = snapshot.step_times[pool.name]
     marks = {t.name: mark(question.demand[t.name]) for t in tiers}
-    runs = _runs(tiers)
+    runs = runs_of(tiers)
     prompts = {n: (m.prompt, m.prompt_spread) for n, m in marks.items()}
     known = capacity.kinds(pool.name, (version(model), question.tps, tiers))
     numbers = {name: capacity.number(m) for name, m in marks.items()}
@@ -197,7 +182,7 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
         works = {t.name: work(question.demand[t.name], model, tp_size) for t in tiers}
         whole, groups = sum(works.values()), question.budget // tp_size
         for sharing, length in zip(runs, lengths, strict=True):
-            crowd = _crowd(groups, sum([works[t] for t, _, _ in sharing]) / whole)
+            crowd = crowd_of(groups, sum([works[t] for t, _, _ in sharing]) / whole)
             key = tp_size, crowd, sharing[0][0], length
             if (before := known.get(key)) is not None and (before[1] or capacity.left == 0):
                 found.append(before[0])
@@ -217,12 +202,26 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
             known[key] = kind, not capacity.guessed
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
-    return tuple(k for k in found if k is not None)
+    mixed = tuple(k for k in found if k is not None)
+    return mixed + _blocks(question, snapshot, capacity, marks, mixed if tps is None else None)
 
 
-def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list[Class], list[list[NodeView]]]:
-    """Nodes that no answer can tell apart, in the order of their first one's name."""
-    tps = sorted({t for q in questions for t in q.tps})
+def _blocks(
+    q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, marks: dict[str, Mark], mixed: tuple[Kind, ...] | None
+) -> tuple[Kind, ...]:
+    """Kinds of split blocks. `mixed` None: only of those that run."""
+    if not q.slo_tiers or (mixed is None and not q.splits):
+        return ()
+    name, cost = q.pool.name, snapshot.flip_costs[q.pool.name]
+    load = cost if isinstance(cost, KvLoad) else None
+    rates, gpus = {t.name: q.demand[t.name].rate for t in q.slo_tiers}, max(len(n.node.gpus) for n in q.nodes)
+    asked = offer.Asked(name, q.slo_tiers, marks, rates, q.tps, q.budget, gpus, snapshot.step_times[name], load)
+    return offer.kinds(asked, capacity, mixed if load is not None else None, q.splits)
+
+
+def classes(questions: list[PoolQuestion], barred: frozenset[str], sizes: Collection[int] = ()) -> tuple[list[Class], list[list[NodeView]]]:
+    """Nodes that no answer can tell apart, in the order of their first one's name. `sizes`: of split blocks, in GPUs."""
+    tps = sorted({t for q in questions for t in q.tps} | set(sizes))
     by_mark: dict[object, list[NodeView]] = {}
     nodes = {n.node.agent_id: n for q in questions for n in q.nodes}
     used: dict[str, set[str]] = {}
@@ -244,10 +243,10 @@ def classes(questions: list[PoolQuestion], barred: frozenset[str]) -> tuple[list
     return [Class(len(m), mark[2], mark[0], dict(mark[1])) for mark, m in zip(marks, members, strict=True)], members  # type: ignore[index]
 
 
-def nearest(problem_kinds: tuple[Kind, ...], pool: str, tp_size: int, tiers: Collection[str]) -> int | None:
+def nearest(problem_kinds: tuple[Kind, ...], pool: str, shape: Shape, tiers: Collection[str]) -> int | None:
     """The kind whose tiers are most like these."""
     asked = frozenset(tiers)
-    same = [(i, k.members) for i, k in enumerate(problem_kinds) if k.tp_size == tp_size and k.pool == pool]
+    same = [(i, k.members) for i, k in enumerate(problem_kinds) if k.shape == shape and k.pool == pool]
     alike = next((i for i, members in same if members == asked), None)
     if alike is not None or not same:
         return alike
@@ -257,10 +256,10 @@ def nearest(problem_kinds: tuple[Kind, ...], pool: str, tp_size: int, tiers: Col
 def counts_of(problem_kinds: tuple[Kind, ...], members: list[list[NodeView]], running: Running) -> Counts:
     """Groups as counts of the kinds whose tiers are nearest."""
     at = {n.node.agent_id: c for c, nodes in enumerate(members) for n in nodes}
-    known: dict[tuple[str, int, tuple[str, ...]], int | None] = {}
+    known: dict[tuple[str, Shape, tuple[str, ...]], int | None] = {}
     counts: Counts = {}
-    for (pool, agent_id, uuids), tiers in running.items():
-        mark = pool, len(uuids), tiers
+    for (pool, agent_id, uuids, split), tiers in running.items():
+        mark = pool, shape_of(len(uuids), split), tiers
         if mark not in known:
             known[mark] = nearest(problem_kinds, *mark)
         if (k := known[mark]) is not None and agent_id in at:
@@ -286,17 +285,21 @@ def wants(question: PoolQuestion, surge_max: float = SURGES[-1][0]) -> list[Want
     return [Want(name, t.name, d[t.name].rate, t.target, t.weight, surge_max) for t in question.slo_tiers]
 
 
+def sizes_of(of: tuple[Kind, ...]) -> set[int]:
+    return {k.tp_size for k in of if k.split is not None}
+
+
 def problem(
     questions: list[PoolQuestion], snapshot: Snapshot, capacity: Capacity, barred: frozenset[str]
 ) -> tuple[Problem, list[list[NodeView]], Counts]:
     """The joint question of several pools, the nodes of each class, and what runs as counts."""
     all_kinds = tuple(k for q in questions for k in kinds(q, snapshot, capacity))
-    found, members = classes(questions, barred)
+    found, members = classes(questions, barred, sizes_of(all_kinds))
     running: Running = {key: tiers for q in questions for key, tiers in q.running.items()}
     counts = counts_of(all_kinds, members, running)
-    runs: dict[tuple[int, str, int], int] = {}
+    runs: dict[tuple[int, str, Shape], int] = {}
     for (c, k), n in counts.items():
-        key = c, all_kinds[k].pool, all_kinds[k].tp_size
+        key = c, all_kinds[k].pool, all_kinds[k].shape
         runs[key] = runs.get(key, 0) + n
     budgets = {q.pool.name: q.budget for q in questions}
     return Problem(tuple(w for q in questions for w in wants(q)), all_kinds, tuple(found), budgets, runs), members, counts

@@ -6,7 +6,8 @@ from dataclasses import replace
 from nitsum.planner import greedy
 from nitsum.planner.capacity import Capacity, mark
 from nitsum.planner.problem import Class, Problem
-from nitsum.planner.question import PoolQuestion, goal_of, kinds, wants
+from nitsum.planner.question import PoolQuestion, kinds, sizes_of, wants
+from nitsum.planner.sharing import goal_of
 from nitsum.planner.types import Snapshot
 from nitsum.pool import Tier
 
@@ -40,7 +41,7 @@ def _gpus(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, able: set[str
     """GPUs in all, on nodes like those there are, with which every tier that can be served is."""
     found = kinds(q, snapshot, capacity)
     widest = max(q.nodes, key=lambda n: len(n.node.gpus)).node
-    gpus, blocks = len(widest.gpus), {tp: len(widest.blocks(tp)) for tp in q.tps}
+    gpus, blocks = len(widest.gpus), {size: len(widest.blocks(size)) for size in {*q.tps, *sizes_of(found)}}
     asked = [w for w in wants(q) if w.tier in able]
 
     def enough(nodes: int) -> bool:

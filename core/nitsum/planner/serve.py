@@ -14,6 +14,7 @@ from nitsum.planner import greedy
 from nitsum.planner.place import Placed, Running, Slot, labelled
 from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
+from nitsum.planner.split import Shape
 
 EVEN_MIN = 0.75
 """Of a tier's mean flow per group: a kind through whose groups less flows is not meant for it."""
@@ -30,7 +31,7 @@ SURGE_MAX = 4.0
 
 @dataclass(frozen=True)
 class Serving:
-    """Labels of a pool's groups, and the flows of each tier through them. `kinds`: by TP and tiers."""
+    """Labels of a pool's groups and split blocks, and the flows of each tier through them. `kinds`: by shape and tiers."""
 
     placed: tuple[Placed, ...]
     asked: Problem
@@ -43,12 +44,12 @@ class Serving:
         return frozenset(t for p in self.placed for t in p.tiers)
 
     @cached_property
-    def _at(self) -> dict[tuple[int, tuple[str, ...]], int]:
-        return {(k.tp_size, k.tiers): i for i, k in reversed(list(enumerate(self.asked.kinds)))}
+    def _at(self) -> dict[tuple[Shape, tuple[str, ...]], int]:
+        return {(k.shape, k.tiers): i for i, k in reversed(list(enumerate(self.asked.kinds)))}
 
-    def kind(self, tp_size: int, tiers: tuple[str, ...]) -> int | None:
-        exact = self._at.get((tp_size, tiers))
-        return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, tp_size, tiers)
+    def kind(self, shape: Shape, tiers: tuple[str, ...]) -> int | None:
+        exact = self._at.get((shape, tiers))
+        return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, shape, tiers)
 
     def _groups(self, k: int) -> int:
         return sum(n for (_, of), n in self.answer.counts.items() if of == k)
@@ -86,7 +87,7 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
     """Routers spread a tier evenly over all groups that are meant for it. Where much less of it shall flow than that, the group is not: its
     other tiers would pay for what comes too much. One tier of one kind after the other, the least wanted first. Groups that no demand needs
     stay as they are."""
-    index = {(k.tp_size, k.tiers): i for i, k in enumerate(asked.kinds)}
+    index = {(k.shape, k.tiers): i for i, k in enumerate(asked.kinds)}
     only = replace(asked, wants=tuple([Want(w.pool, w.tier, w.rate, w.target, w.weight, 1.0) for w in asked.wants]))
     least = (1 - NARROWED_LOSS) * answer.score
     tried: set[tuple[int, int]] = set()
@@ -100,7 +101,7 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
             through = {k: flows.get((k, tier), 0.0) for k in groups if asked.kinds[k].rate(tier) > 0}
             mean = sum(through.values()) / sum(groups[k] for k, flow in through.items() if flow > 0)
             for k, flow in through.items():
-                fewer = index.get((asked.kinds[k].tp_size, tuple(t for t in asked.kinds[k].tiers if t != tier)))
+                fewer = index.get((asked.kinds[k].shape, tuple(t for t in asked.kinds[k].tiers if t != tier)))
                 used = any((k, t) in flows for t in asked.kinds[k].tiers)
                 if used and fewer is not None and (k, fewer) not in tried and flow < EVEN_MIN * mean * groups[k]:
                     found.append((flow / mean / groups[k], k, fewer))
@@ -110,7 +111,7 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
         flowing = {w.tier for w in asked.wants if through_all[w.tier] >= LEFT_MIN * w.rate}
         for k in groups:  # what comes of it all the same goes to one group, not to all (`_sheltered`)
             for tier in asked.kinds[k].tiers if len(asked.kinds[k].tiers) > 1 else ():
-                fewer = index.get((asked.kinds[k].tp_size, tuple(t for t in asked.kinds[k].tiers if t != tier)))
+                fewer = index.get((asked.kinds[k].shape, tuple(t for t in asked.kinds[k].tiers if t != tier)))
                 if tier not in flowing and fewer is not None and (k, fewer) not in tried:
                     found.append((-1.0, k, fewer))
         if not found:
@@ -125,26 +126,26 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
             answer = narrower
 
 
-def _whole(kinds: tuple[Kind, ...], tp_size: int) -> int | None:
+def _whole(kinds: tuple[Kind, ...], shape: Shape) -> int | None:
     """For groups that no demand needs: as many tiers as one group can hold the targets of, loosest first."""
-    able = [i for i, k in enumerate(kinds) if k.tp_size == tp_size and k.rates and min(k.rates) > 0]
-    some = able or [i for i, k in enumerate(kinds) if k.tp_size == tp_size]
+    able = [i for i, k in enumerate(kinds) if k.shape == shape and k.rates and min(k.rates) > 0]
+    some = able or [i for i, k in enumerate(kinds) if k.shape == shape]
     return max(some, key=lambda i: (len(kinds[i].tiers), i), default=None)
 
 
 def _asked(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed]) -> tuple[Problem, Counts]:
-    """The pool's groups by width, each width a class of its own, and what they serve now as counts."""
-    name, widths = q.pool.name, Counter(len(p.gpus) for p in placed)
-    tps = sorted(widths)
-    mine = tuple(k for k in kinds if k.pool == name and k.tp_size in widths)
-    classes = tuple(Class(widths[tp], tp, frozenset({name}), {tp: 1}) for tp in tps)
+    """The pool's groups by shape, each shape a class of its own, and what they serve now as counts."""
+    name, many = q.pool.name, Counter(p.shape for p in placed)
+    shapes = sorted(many)
+    mine = tuple(k for k in kinds if k.pool == name and k.shape in many)
+    classes = tuple(Class(many[shape], shape[0], frozenset({name}), {shape[0]: 1}, shape) for shape in shapes)
     demand = tuple(wants(q, SURGE_MAX))
     now: Counts = {}
-    for (tp_size, tiers), n in Counter((len(p.gpus), p.tiers) for p in placed).items():
-        if (k := nearest(mine, name, tp_size, tiers)) is not None:
-            key = tps.index(tp_size), k
+    for (shape, tiers), n in Counter((p.shape, p.tiers) for p in placed).items():
+        if (k := nearest(mine, name, shape, tiers)) is not None:
+            key = shapes.index(shape), k
             now[key] = now.get(key, 0) + n
-    return Problem(demand, mine, classes, {name: sum(tp * n for tp, n in widths.items())}), now
+    return Problem(demand, mine, classes, {name: sum(shape[0] * n for shape, n in many.items())}), now
 
 
 def as_labelled(q: PoolQuestion, kinds: tuple[Kind, ...], placed: list[Placed]) -> Serving:
@@ -164,8 +165,9 @@ def serve(
     """`placed`: the pool's groups with the tiers they serve now. `anew`: those labels are a plan's, which only its score keeps.
     `at_best`: finds better flows through the same groups."""
     asked, now = _asked(q, kinds, placed)
-    name, mine, tps = q.pool.name, asked.kinds, [c.gpus for c in asked.classes]
-    widths = {c.gpus: c.nodes for c in asked.classes}
+    name, mine = q.pool.name, asked.kinds
+    many = Counter(p.shape for p in placed)
+    shapes = sorted(many)
     if not q.slo_tiers or not mine:
         return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
     chosen = at_best(asked, value(asked, now, "as it serves"))
@@ -176,22 +178,22 @@ def serve(
         if earns_more if parts or anew else wins(asked, best, chosen, gain_min):
             chosen = best
     counts = dict(chosen.counts)
-    for c, tp_size in enumerate(tps):
-        idle = widths[tp_size] - sum(n for (of, _), n in counts.items() if of == c)
-        if idle and (k := _whole(mine, tp_size)) is not None:
+    for c, shape in enumerate(shapes):
+        idle = many[shape] - sum(n for (of, _), n in counts.items() if of == c)
+        if idle and (k := _whole(mine, shape)) is not None:
             counts[c, k] = counts.get((c, k), 0) + idle
     answer = value(asked, counts, chosen.by) if counts != chosen.counts else chosen
     answer = _narrowed(asked, answer)
     counts = dict(answer.counts)
     running: Running = {p.key: p.tiers for p in placed}
-    wanted: Counter[tuple[int, tuple[str, ...]]] = Counter()
+    wanted: Counter[tuple[Shape, tuple[str, ...]]] = Counter()
     for (c, k), n in counts.items():
-        wanted[tps[c], mine[k].tiers] += n
-    stays = wanted == Counter([(len(p.gpus), p.tiers) for p in placed])
+        wanted[shapes[c], mine[k].tiers] += n
+    stays = wanted == Counter([(p.shape, p.tiers) for p in placed])
     found: list[Placed] = list(placed) if stays else []
-    for c, tp_size in () if stays else enumerate(tps):
-        slots = [Slot(name, tp_size, mine[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c]
-        blocks = [(p.agent_id, p.gpus) for p in placed if len(p.gpus) == tp_size]
+    for c, shape in () if stays else enumerate(shapes):
+        slots = [Slot(name, shape[0], mine[k].tiers, n, mine[k].split) for (of, k), n in sorted(counts.items()) if of == c]
+        blocks = [(p.agent_id, p.gpus) for p in placed if p.shape == shape]
         found += labelled(name, slots, blocks, running)
     missing = frozenset(t.name for t in q.slo_tiers) - {t for p in found for t in p.tiers}
     return Serving(tuple(sorted(_sheltered(q, found), key=lambda p: p.key)), asked, answer, missing)
@@ -203,7 +205,7 @@ def _sheltered(q: PoolQuestion, found: list[Placed]) -> list[Placed]:
     missing = [t for t in order if not any(t in p.tiers for p in found)]
     if not missing or len(found) < 2:
         return found
-    one = max(found, key=lambda p: (max((order.index(t) for t in p.tiers if t in order), default=-1), p.key))
+    one = max(found, key=lambda p: (p.split is None, max((order.index(t) for t in p.tiers if t in order), default=-1), p.key))
     return [replace(p, tiers=tuple(t for t in order if t in (*p.tiers, *missing))) if p is one else p for p in found]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from nitsum.demand import TierDemand
+from nitsum.layout import Role
 from nitsum.perf import FlipCost, StepTimeModel
 from nitsum.planner.types import NodeView, Planner, PlannerSettings, PoolPlan, Snapshot
 from nitsum.pool import Pool
@@ -38,8 +39,8 @@ class Need:
 
     gpus: int | None
     plan: PoolPlan
-    widths: tuple[int, ...]
-    """TP of each group in it."""
+    groups: tuple[tuple[Role, int], ...]
+    """Role and TP of each group in it."""
 
     @property
     def infeasible(self) -> tuple[str, ...]:
@@ -75,7 +76,7 @@ def _planned(q: Question, budget: int, planner: Planner) -> Need:
     plan = planner(Snapshot((pool,), nodes, q.demand, {pool.name: q.times}, {pool.name: q.flip_cost}, q.settings), 0.0)
     (found,) = plan.pools
     holds = bool(found.tiers) and all(t.feasible for t in found.tiers)
-    return Need(budget if holds else None, found, tuple(sorted(g.tp_size for n in plan.nodes for g in n.layout.groups)))
+    return Need(budget if holds else None, found, tuple(sorted((g.role, g.tp_size) for n in plan.nodes for g in n.layout.groups)))
 
 
 def _hopeless(need: Need) -> bool:

@@ -21,7 +21,7 @@ from nitsum.planner.problem import Answer, Counts, Kind, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
-from nitsum.planner.words import crowded, describe, goodput, outlook, profile, shape
+from nitsum.planner.words import crowded, describe, goodput, outlook, parts, profile, shape, told
 from nitsum.pool import AdaptationMode
 
 STEADY = 0.4
@@ -37,7 +37,7 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
         return ""
     if stale(q.pool.name, snapshot, now):
         return STALE
-    mine = {agent_id for _, agent_id, _ in q.running}
+    mine = {key[1] for key in q.running}
     if any(n.flipping for n in q.nodes if n.node.agent_id in mine) or any(d.frozen for d in snapshot.demand if d.pool == q.pool.name):
         return "a flip is running"
     flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
@@ -48,7 +48,7 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
 
 def stood(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
     """Seconds since the pool's last flip; of one that never flipped nothing is known but that it is over."""
-    mine = {agent_id for _, agent_id, _ in q.running}
+    mine = {key[1] for key in q.running}
     flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
     return now - max(flipped) if flipped else 2 * snapshot.settings.dwell_s
 
@@ -90,7 +90,7 @@ class SlowPlane:
         ]
         moves = [q for q in questions if q not in [k.q for k in kept]]
         # What a pool that may not change has, also what it loses only now, is not for others in this plan.
-        barred = frozenset(u for k in kept for _, _, uuids in k.q.had for u in uuids)
+        barred = frozenset(u for k in kept for key in k.q.had for u in key[2])
         decided = self._decide(moves, snapshot, now, barred) if moves else []
         used = set(barred) | {g.uuid for d in decided for p in d.placed for g in p.gpus}
         for k in kept:
@@ -108,8 +108,8 @@ class SlowPlane:
             )
         found = kinds(q, snapshot, self._capacity)
         placed = as_placed(q)
-        ended = {u for _, _, uuids in q.had for u in uuids} - {u for _, _, uuids in q.running for u in uuids}
-        placed = fill([q], placed, used - ended, found, max(len(p.gpus) for p in placed))
+        ended = {u for key in q.had for u in key[2]} - {u for key in q.running for u in key[2]}
+        placed = fill([q], placed, used - ended, found, max(p.widest for p in placed))
         used |= {g.uuid for p in placed for g in p.gpus}
         serving = self._flowing(serve(q, found, placed, settings.gain_min))
         reasons, would = [profile(q, snapshot), *_repaired(q, placed)], False
@@ -118,7 +118,7 @@ class SlowPlane:
             own = frozenset(g.uuid for p in placed for g in p.gpus)
             asked, _, _ = problem([q], snapshot, self._capacity, frozenset(used) - own)
             best, current = self._best(asked), serving.answer
-            was = describe(len(p.gpus) for p in placed)
+            was = told(placed)
             would = wins(asked, best, current, settings.gain_min)
             to = shape(asked, best.counts, name)
             why = f"{q.pool.mode}: would change {was} to {to}" if would else f"{q.pool.mode}: {was} stays"
@@ -200,7 +200,7 @@ def _repaired(q: PoolQuestion, placed: Iterable[Placed]) -> list[str]:
     after = list(placed)
     if {p.key for p in after} == set(q.had) or not q.had:
         return []
-    return [f"what it may use changed: {describe(len(u) for _, _, u in q.had)} -> {describe(len(p.gpus) for p in after)}"]
+    return [f"what it may use changed: {describe(parts(q.had))} -> {told(after)}"]
 
 
 def _plan(
@@ -217,12 +217,12 @@ def _plan(
     settings, name = snapshot.settings, q.pool.name
     if not serving.placed and not q.had:
         return PoolPlan(name, 0, 0.0, (), (crowded(q, snapshot),), verdict=Verdict.BLOCKED)
-    was, will = describe(len(u) for _, _, u in q.running), describe(len(p.gpus) for p in serving.placed)
+    was, will = describe(parts(q.running)), told(serving.placed)
     same = {p.key for p in serving.placed} == set(q.running)
     reasons = [profile(q, snapshot), *([best.note] if best.note else [])]
     before, after = goodput(q, current), goodput(q, answer)
     if q.had and set(q.running) != set(q.had):
-        reasons.append(f"what it may use changed: {describe(len(u) for _, _, u in q.had)} -> {was}")
+        reasons.append(f"what it may use changed: {describe(parts(q.had))} -> {was}")
     if q.had and not q.running:
         reasons.append(f"nothing that runs fits the spec or the GPUs any more: {will}")
     elif not q.running:
@@ -251,7 +251,10 @@ def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], runni
     found: list[Placed] = []
     for c, nodes in enumerate(members):
         slots = [
-            Slot(asked.kinds[k].pool, asked.kinds[k].tp_size, asked.kinds[k].tiers, n) for (of, k), n in sorted(counts.items()) if of == c
+            Slot(kind.pool, kind.tp_size, kind.tiers, n, kind.split)
+            for (of, k), n in sorted(counts.items())
+            if of == c
+            for kind in [asked.kinds[k]]
         ]
         part = place(slots, nodes, running, barred)
         if part is None:

@@ -1,17 +1,29 @@
 """What a plan says of itself: shapes, goodput, outlook by tier."""
 
+from collections import Counter
 from collections.abc import Iterable
 
+from nitsum.layout import ORDER, Role, sort_of
+from nitsum.planner.place import Key, Placed
 from nitsum.planner.problem import Answer, Counts, Kind, Problem
 from nitsum.planner.question import PoolQuestion
 from nitsum.planner.serve import Serving
 from nitsum.planner.types import Snapshot, TierOutlook
 
 
-def describe(groups: Iterable[int]) -> str:
-    """TP degrees as people say them."""
-    widths = list(groups)
-    return " + ".join(f"{widths.count(tp)}xTP{tp}" for tp in sorted(set(widths))) or "nothing"
+def describe(groups: Iterable[tuple[Role, int]]) -> str:
+    """Roles and TP degrees as people say them."""
+    many = Counter(groups)
+    return " + ".join(f"{many[g]}x{sort_of(g[1], g[0])}" for g in sorted(many, key=lambda g: (ORDER.index(g[0]), g[1]))) or "nothing"
+
+
+def parts(keys: Iterable[Key]) -> list[tuple[Role, int]]:
+    """Role and TP of groups, those of split blocks each."""
+    return [part for _, _, uuids, split in keys for part in ([(Role.MIXED, len(uuids))] if split is None else split.parts())]
+
+
+def told(placed: Iterable[Placed]) -> str:
+    return describe(parts(p.key for p in placed))
 
 
 def profile(q: PoolQuestion, snapshot: Snapshot) -> str:
@@ -69,7 +81,9 @@ def outlook(q: PoolQuestion, kinds: tuple[Kind, ...], serving: Serving) -> tuple
         alone = [k for k in kinds if k.pool == q.pool.name and k.tiers == (t.name,)]
         used = [serving.asked.kinds[k] for (k, tier), flow in sorted(answer.flows.items()) if tier == t.name and flow > 0]
         if used:
-            binding = used[0].binding[used[0].tiers.index(t.name)] + f" at TP {used[0].tp_size}"
+            binding = used[0].binding[used[0].tiers.index(t.name)] + (
+                f" at TP {used[0].tp_size}" if used[0].split is None else f" in {used[0].split}"
+            )
         elif any(k.rate(t.name) > 0 and k.full for k in alone):
             binding = "GPUs: no group is left for it"
         else:

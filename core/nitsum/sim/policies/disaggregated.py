@@ -4,15 +4,16 @@ Every node has as many prefill groups: a request is handed over inside its node.
 whole workload, as the smaller of what its prefill and its decode groups can safely take, and the best CANDIDATES are simulated.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from nitsum.demand import TierDemand
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Layout, Role
-from nitsum.objective import mixture, strictest
-from nitsum.perf import KvLoad
-from nitsum.planner.roles import safe_of
+from nitsum.planner.capacity import Capacity, mark
+from nitsum.planner.offer import Asked, safe_in
+from nitsum.planner.sharing import crowd_of, runs_of
 from nitsum.pool import AdaptationMode
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.demand import Foresight
@@ -47,32 +48,47 @@ def _splits(s: Setting) -> Iterator[tuple[int, int, dict[str, Layout]]]:
             yield tp_size, prefill, split(layouts, prefill)
 
 
-def _worth(s: Setting, model: QuickModel, demand: Mapping[str, TierDemand], tp_size: int, layouts: Mapping[str, Layout]) -> float:
+class _Quick:
+    """Implements KvLoad: where nothing tells what a copy takes, it takes nothing."""
+
+    def load_ms(self, tokens: int, tp_size: int) -> float | None:
+        return 0.0
+
+
+def _worth(
+    s: Setting, model: QuickModel, demand: Mapping[str, TierDemand], tp_size: int, layouts: Mapping[str, Layout], capacity: Capacity
+) -> float:
     """requests/s that its groups can take with the targets of as many tiers as earn most; the strictest are given up first."""
     key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
-    tiers = sorted((t for t in s.pool.tiers if not t.background and demand[t.name].rate > 0), key=key)
-    load = mixture(tuple(demand[t.name] for t in tiers))
-    best = 0.0
+    tiers = tuple(sorted((t for t in s.pool.tiers if not t.background and demand[t.name].rate > 0), key=key))
+    rates, marks = {t.name: demand[t.name].rate for t in tiers}, {t.name: mark(demand[t.name]) for t in tiers}
+    whole, best = sum(rates.values()), 0.0
+    gpus = max(len(n.gpus) for n in s.nodes)
+    a = Asked(s.pool.name, tiers, marks, rates, (tp_size,), s.pool.budget_gpus, gpus, model, s.kv_load or _Quick())
     for level in range(len(tiers)):
-        targets, held = strictest(tuple(tiers[level:])), sum(demand[t.name].rate for t in tiers[level:]) / load.rate
-        rates = {role: safe_of(role, model, tp_size, load, targets, (tp_size,))[0] for role in (Role.PREFILL, Role.DECODE)}
-        able = {role: rate * sum(g.role is role for la in layouts.values() for g in la.groups) for role, rate in rates.items()}
-        best = max(best, (min(*able.values(), load.rate) + 1e-3 * min(*able.values())) * held)
+        sharing = next(run for run in runs_of(tiers[level:]) if len(run) == len(tiers) - level)
+        held = sum(rates[t] for t, _, _ in sharing)
+        able = []
+        for role in (Role.PREFILL, Role.DECODE):
+            groups = sum(g.role is role for la in layouts.values() for g in la.groups)
+            safe = safe_in(role, a, capacity, tp_size, sharing, crowd_of(groups, 1.0))
+            busy = sum(rates[t] / of.rate if of.rate > 0 else math.inf for (t, _, _), of in zip(sharing, safe, strict=True))
+            able.append(groups * held / busy)
+        best = max(best, (min(*able, whole) + 1e-3 * min(able)) * held / whole)
     return best
 
 
 def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: str = NAME) -> RunResult:
     """Raises InvalidSpec where no node has room for two groups."""
     seen = {d.tier: d for d in Foresight(s.pool.name, tuple(t.name for t in s.pool.tiers), traffic)(0.0, traffic.duration_s)}
-    model, found = QuickModel(s.model), list(_splits(s))
+    model, found, capacity = QuickModel(s.model), list(_splits(s)), Capacity(governed=True)
     if not found:
         raise InvalidSpec(f"policy {name}", f"no node has room for a prefill and a decode group of TP {min(s.tps)}")
-    ranked = sorted(found, key=lambda c: (-_worth(s, model, seen, c[0], c[2]), c[:2]))[:CANDIDATES]
+    ranked = sorted(found, key=lambda c: (-_worth(s, model, seen, c[0], c[2], capacity), c[:2]))[:CANDIDATES]
     results: list[tuple[int, str, RunResult]] = []
     for tp_size, prefill, first in ranked:
         pool = replace(s.pool, allowed_tp=(tp_size,), mode=AdaptationMode.FROZEN)
-        load = s.flip_cost if isinstance(s.flip_cost, KvLoad) else None
-        policy = with_engines(Policy(name, pool, s.flip_cost, (tp_size,), Standing, first, s.settings, kv_load=load))
+        policy = with_engines(Policy(name, pool, s.flip_cost, (tp_size,), Standing, first, s.settings, kv_load=s.kv_load))
         at_share = lambda at: progress((len(results) * traffic.duration_s + at) / len(ranked))  # noqa: E731
         result = Fleet(policy, s.nodes, s.model, traffic).run(at_share)
         decode = max(len(la.groups) for la in first.values()) - prefill

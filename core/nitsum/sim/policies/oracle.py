@@ -24,7 +24,16 @@ def _candidates(s: Setting) -> Iterator[tuple[str, Policy]]:
     settings = replace(s.settings, cooldown_s=0.0, flips_at_once_max=10**6)
     for seconds in FORESIGHT_S:
         policy = Policy(
-            NAME, pool, FixedPause(0.0), s.resident_tp, keeping(s.planner), None, settings, foresight_s=seconds, limits=governed
+            NAME,
+            pool,
+            FixedPause(0.0, s.kv_load),
+            s.resident_tp,
+            keeping(s.planner),
+            None,
+            settings,
+            foresight_s=seconds,
+            limits=governed,
+            kv_load=s.kv_load,
         )
         yield f"the true demand of the coming {seconds:g} s", policy
     yield "the demand that nitsum estimates", replace(build("nitsum@free", s), settings=settings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nitsum.errors import InvalidSpec
 from nitsum.layout import FlipMode
-from nitsum.perf import FlipCost, StepTimeModel
+from nitsum.perf import FlipCost, KvLoad, StepTimeModel
 from nitsum.perf.memory import worth_residing
 from nitsum.planner import Plan, Planner, PlannerSettings, Snapshot
 from nitsum.planner.planes import Planes
@@ -29,9 +29,13 @@ RESTART_S = 30.0
 
 @dataclass(frozen=True)
 class FixedPause:
-    """Implements FlipCost: whatever moves, the pause is the same, and KV is lost."""
+    """Implements FlipCost: whatever moves, the pause is the same, and KV is lost. And KvLoad: as `load`, where roles hand over."""
 
     ms: float
+    load: KvLoad | None = None
+
+    def load_ms(self, tokens: int, tp_size: int) -> float | None:
+        return self.load.load_ms(tokens, tp_size) if self.load is not None else None
 
     def pause_ms(self, resident_tokens: int, mode: FlipMode, from_tp: int, to_tp: int) -> float:
         return self.ms
@@ -57,6 +61,11 @@ class Setting:
         return tuple(t for t in self.model.tp_sizes if t in allowed and t <= min(widest, self.pool.budget_gpus) and t in legal)
 
     @property
+    def kv_load(self) -> KvLoad | None:
+        """What planners count on where roles hand over."""
+        return self.flip_cost if isinstance(self.flip_cost, KvLoad) else None
+
+    @property
     def resident_tp(self) -> tuple[int, ...]:
         """Those that our planner keeps resident."""
         return worth_residing(self.model, self.tps)
@@ -77,7 +86,8 @@ def _static(s: Setting, name: str, tp_size: int) -> Policy:
 
 def _resplit(s: Setting, name: str, tp_size: int) -> Policy:
     first = uniform(s.pool, s.nodes, tp_size, f"policy {name}")
-    return Policy(name, _fixed(s, tp_size, AdaptationMode.ACTIVE), s.flip_cost, (tp_size,), s.planner, first, s.settings)
+    pool = _fixed(s, tp_size, AdaptationMode.ACTIVE)
+    return Policy(name, pool, s.flip_cost, (tp_size,), s.planner, first, s.settings, kv_load=s.kv_load)
 
 
 def _replicas(s: Setting, name: str, tp_size: int) -> Policy:
@@ -88,7 +98,8 @@ def _replicas(s: Setting, name: str, tp_size: int) -> Policy:
 
 
 def _nitsum(s: Setting, name: str) -> Policy:
-    return Policy(name, replace(s.pool, mode=AdaptationMode.ACTIVE), s.flip_cost, s.resident_tp, s.planner, None, s.settings)
+    pool = replace(s.pool, mode=AdaptationMode.ACTIVE)
+    return Policy(name, pool, s.flip_cost, s.resident_tp, s.planner, None, s.settings, kv_load=s.kv_load)
 
 
 def _nitsum_at(s: Setting, name: str, flip: str) -> Policy:
@@ -99,8 +110,8 @@ def _nitsum_at(s: Setting, name: str, flip: str) -> Policy:
     if flip == "copy":
         return replace(policy, planner=keeping(s.planner))
     if flip == "free":
-        return replace(policy, planner=keeping(s.planner), flip_cost=FixedPause(0.0))
-    return replace(policy, flip_cost=FixedPause(duration_ms(flip, f"policy {name}")))
+        return replace(policy, planner=keeping(s.planner), flip_cost=FixedPause(0.0, policy.kv_load))
+    return replace(policy, flip_cost=FixedPause(duration_ms(flip, f"policy {name}"), policy.kv_load))
 
 
 def _restart(s: Setting, name: str) -> Policy:

@@ -1,33 +1,28 @@
 """A planner that never changes a layout nor which tiers its groups serve: shares and limits follow demand, as the fast plane's do.
 
-Groups that only prefill or only decode have the limits of `planner.roles`, which the planes do not decide about.
+Also of groups that only prefill or only decode, whether they make up split blocks as the planes know them or not.
 """
 
-from collections import Counter
 from dataclasses import replace
 
-from nitsum.layout import Capacity as Limits
 from nitsum.layout import Group, Layout, Role
 from nitsum.objective import mixture, strictest
 from nitsum.planner import Plan, PoolPlan, Snapshot
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
-from nitsum.planner.limits import queue
+from nitsum.planner.limits import Block
 from nitsum.planner.question import PoolQuestion, ask, kinds
-from nitsum.planner.roles import safe_of
 from nitsum.planner.serve import as_labelled
+from nitsum.planner.split import Split
 
 
-def _in_role(q: PoolQuestion, snapshot: Snapshot, g: Group) -> Group:
-    """The strictest targets are given up one by one where they cannot be held."""
+def _in_role(q: PoolQuestion, snapshot: Snapshot, g: Group, role: Role, capacity: Capacity) -> Group:
+    """By the means of its tiers, as if it were half of a block."""
     model, members = snapshot.step_times[q.pool.name], tuple(t for t in q.slo_tiers if any(t.name == s.tier for s in g.shares))
-    load = mixture(tuple(q.demand[t.name] for t in members))
-    found = (safe_of(g.role, model, g.tp_size, load, strictest(members[level:]), q.tps) for level in range(len(members)))
-    rate, _, batch = next((f for f in found if f[0] > 0), (0.0, "", 0))
-    running = max(batch, 1)
-    prefill = round(rate * load.prompt, 1)
-    limits = Limits(running, model.kv_capacity_tokens(g.tp_size, q.tps), prefill, queue(rate, None, running))
-    return replace(g, capacity=limits)
+    load, targets = mixture(tuple(q.demand[t.name] for t in members)), strictest(members)
+    split, cost = Split(1, g.tp_size, 1, g.tp_size), snapshot.flip_costs[q.pool.name]
+    block = Block(capacity, model, split, q.tps, load.prompt, load.output, targets.ttft_ms, targets.tpot_ms, cost)
+    return replace(g, role=role, capacity=block.prefill() if role is Role.PREFILL else block.decode())
 
 
 class Standing:
@@ -41,13 +36,17 @@ class Standing:
         for pool in sorted(snapshot.pools, key=lambda p: p.name):
             q = asked[pool.name] = ask(pool, snapshot)
             placed = as_placed(q)
-            widths = Counter(len(p.gpus) for p in placed)
-            serving = as_labelled(q, kinds(q, snapshot, self._capacity, tuple(sorted(widths))), placed)
+            widths = sorted({len(p.gpus) for p in placed if p.split is None})
+            serving = as_labelled(q, kinds(q, snapshot, self._capacity, tuple(widths)), placed)
             decided.append(Decided(q, serving.placed, serving, PoolPlan(pool.name, q.gpus, 0.0, (), ())))
         plan = compose(decided, snapshot, self._capacity, resident=False)
-        if all(g.role is Role.MIXED for n in plan.nodes for g in n.layout.groups):
+        roles = {(n.node.agent_id, g.group_id): g.role for n in snapshot.nodes for g in n.layout.groups if g.role is not Role.MIXED}
+        if not roles:
             return plan
-        layouts = (
-            Layout(tuple(g if g.role is Role.MIXED else _in_role(asked[g.pool], snapshot, g) for g in n.layout.groups)) for n in plan.nodes
-        )
-        return replace(plan, nodes=tuple(replace(n, layout=layout) for n, layout in zip(plan.nodes, layouts, strict=True)))
+
+        def kept(agent_id: str, g: Group) -> Group:
+            role = roles.get((agent_id, g.group_id), g.role)
+            return g if g.role is role else _in_role(asked[g.pool], snapshot, g, role, self._capacity)
+
+        nodes = (replace(n, layout=Layout(tuple(kept(n.agent_id, g) for g in n.layout.groups))) for n in plan.nodes)
+        return replace(plan, nodes=tuple(nodes))
