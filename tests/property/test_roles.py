@@ -36,7 +36,7 @@ def fleet(*sizes: int) -> tuple[NodeView, ...]:
 
 def snapshot(pools: tuple[Pool, ...], nodes: tuple[NodeView, ...], now: float = 0.0, cost: object = H100, **rates: float) -> Snapshot:
     demand = tuple(
-        TierDemand(p.name, t, r, 0.0, 1.0, 2500, 5000, 212, 420, observed_at=now)
+        TierDemand(p.name, t, r, 0.0, 1.0, 2500, 0.9, 212, 0.8, observed_at=now)
         for p in pools
         for t, r in rates.items()
         if any(tier.name == t for tier in p.tiers)

@@ -49,7 +49,7 @@ def test_an_infeasible_one_says_what_would_do(tmp_path: Path) -> None:
 
 
 def test_roles_in_plain_words(tmp_path: Path) -> None:
-    code, said = plan(tmp_path, "tiers: {chat: {rate: 30, prompt: {mean: 2500, p90: 5000}, output: {mean: 212, p90: 420}}}", tpot="5ms")
+    code, said = plan(tmp_path, "tiers: {chat: {rate: 30, prompt: {mean: 2500, cv: 0.9}, output: {mean: 212, cv: 0.8}}}", tpot="5ms")
     assert code == 0, said
     assert "4 x TP1 prefill for chat+agents" in said
     assert "1 x TP4 decode for chat+agents" in said
