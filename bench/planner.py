@@ -55,7 +55,7 @@ def fleet(gpus: int) -> tuple[NodeView, ...]:
 def snapshot(gpus: int, nodes: tuple[NodeView, ...], turn: int) -> Snapshot:
     pool = Pool("default/bench", "u", MODEL, TIERS, gpus)
     demand = tuple(
-        TierDemand(pool.name, t.name, rate, 0.1, 1.0, prompt, 2 * prompt, 100 + 30 * j, 200 + 60 * j, observed_at=0.0)
+        TierDemand(pool.name, t.name, rate, 0.1, 1.0, prompt, 0.8, 100 + 30 * j, 0.8, observed_at=0.0)
         for j, t in enumerate(TIERS)
         for rate, prompt in [((0.2 + (7 * turn + 11 * j) % 13 / 60) * gpus, 600 + 130 * j + 2 * turn)]
     )

@@ -11,7 +11,7 @@ Means do not tell: a request whose TTFT is met on average is missed half of the 
 - With the governor decode never stops: a step carries at most `chunk` prefill tokens beside it, as many as the TPOT allows, so a prompt
   delays the others by less than its own time and takes longer itself.
 
-Lengths are lognormal by mean and 90th percentile, read at a few quantiles. TTFT and TPOT count as independent.
+Lengths are lognormal by mean and coefficient of variation, read at a few quantiles. TTFT and TPOT count as independent.
 """
 
 import copy
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import NormalDist
 
-from nitsum.governor import depth, sizes, step_ms
+from nitsum.governor import depth, largest, sizes, step_ms
 from nitsum.perf import StepTimeModel, door_ms
 
 CHUNK = 8192
@@ -39,7 +39,6 @@ SPREAD, CONVEX, TAIL, MIXED_TAIL = 1.35, 0.8, 1.5, 1.1
 """Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
 MARGIN = 0.9
 """Of the rate found: the simulated engine's is rarely lower then."""
-Z90 = NormalDist().inv_cdf(0.9)
 ZS = tuple((NormalDist().inv_cdf(q), w) for q, w in QUANTILES)
 STEPS_GAP = 2e-4
 """Relative, of the share of prefill steps."""
@@ -51,13 +50,14 @@ Points = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class Lengths:
+    """Tokens. `cv`: standard deviation over mean; 0: all are equal."""
+
     mean: float
-    p90: float = 0.0
+    cv: float = 0.0
 
     @cached_property
     def sigma(self) -> float:
-        ratio = min(self.p90 / self.mean, math.exp(Z90**2 / 2 - 1e-3)) if self.mean > 0 else 1.0
-        return Z90 - math.sqrt(max(Z90**2 - 2 * math.log(ratio), 0.0)) if ratio > 1 else 0.0
+        return math.sqrt(math.log1p(self.cv**2))
 
     @property
     def tail(self) -> float:
@@ -66,7 +66,7 @@ class Lengths:
         return math.exp(self.sigma**2) / (sum(x * x * w for x, w in points) / max(self.mean, 1.0) ** 2)
 
     def points(self) -> tuple[tuple[float, float], ...]:
-        """(tokens, share of requests). p90 0 or below the mean: all are equal."""
+        """(tokens, share of requests)."""
         if not (sigma := self.sigma):
             return ((max(self.mean, 1.0), 1.0),)
         drawn = [(math.exp(sigma * z - sigma**2 / 2), w) for z, w in ZS]
@@ -182,6 +182,7 @@ class Group:
     """ms from a request's first token, made elsewhere, to its first step here."""
     _decode: dict[int, float] = field(default_factory=dict)
     _sizes: dict[float, tuple[int, int]] = field(default_factory=dict)
+    _fits: dict[float, int] = field(default_factory=dict)
     _later: dict[float, tuple[float, ...]] = field(default_factory=dict)
     _settled: dict[tuple[float, float, float | None], Steady] = field(default_factory=dict)
 
@@ -191,7 +192,8 @@ class Group:
         """(decode steps of a request, share of requests)."""
         mean = self.prompt.mean
         self.door = door_ms(self.model, self.tp_size)
-        self.ctx = max(int(mean + self.output.mean / 2), 1)
+        self.ctx = max(int(mean + self.output.mean * (1 + self.output.cv**2) / 2), 1)
+        """Of a stream that runs, as long ones do longest."""
         one, two = self._prefill(mean), self._prefill(2 * mean)
         self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
         """Of a prefill step, whatever it carries."""
@@ -200,7 +202,9 @@ class Group:
         self._tokens = sum(p * w for p, w in self.prompts)
         self._invite(self.guest)
         kv = self.kv_tokens = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
-        self.kv_batch = kv / max(self.prompt.mean + self.output.mean, 1.0)
+        # Those that run long are seen more often: the mean of what runs is more than that of what comes.
+        held = self.prompt.mean + self.output.mean * max((1 + self.output.cv**2) / 2, 1.0)
+        self.kv_batch = kv / max(held, 1.0)
         self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
 
     def _invite(self, guest: Lengths | None) -> None:
@@ -266,7 +270,7 @@ class Group:
     def _sized(self, tpot_ms: float) -> tuple[int, int]:
         """(as many as may run, tokens of prefill beside them)."""
         if tpot_ms not in self._sizes:
-            self._sizes[tpot_ms] = sizes(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens)
+            self._sizes[tpot_ms] = sizes(self.model, self.tp_size, self.prompt.mean, self.output.mean, tpot_ms, self.kv_tokens, self.ctx)
         return self._sizes[tpot_ms]
 
     def _attended(self, prompt: float, tpot_ms: float) -> float:
@@ -277,19 +281,29 @@ class Group:
         dearer = self.model.prefill_ms(self.tp_size, chunk, behind) - self.model.prefill_ms(self.tp_size, chunk)
         return prompt / chunk * max(dearer, 0.0)
 
-    def _tight(self, tpot_ms: float) -> bool:
-        """Whether no step is longer than the target while no more run than its budget is sized for, whatever prefill there is."""
-        most, chunk = self._sized(tpot_ms)
-        return step_ms(self.model, self.tp_size, chunk, most, self.ctx, depth(self.prompt.mean, chunk)) <= tpot_ms
+    def _bounded(self, tpot_ms: float) -> int:
+        """As many may run with no step longer than the target, whatever prefill there is, up to what its budget is sized for; 0: none."""
+        if tpot_ms not in self._fits:
+            most, chunk = self._sized(tpot_ms)
+            behind = depth(self.prompt.mean, chunk)
 
-    def _mixed(self, batch: float, tpot_ms: float) -> tuple[float, float]:
+            def fits(b: int) -> bool:
+                return step_ms(self.model, self.tp_size, chunk, b, self.ctx, behind) <= tpot_ms
+
+            self._fits[tpot_ms] = largest(fits, most) if fits(1) else 0
+        return self._fits[tpot_ms]
+
+    def _mixed(self, batch: float, tpot_ms: float, flow: float) -> tuple[float, float]:
         """Governed: what a prompt's token takes, and by how much it delays the others, in a step beside this batch.
 
-        Prompts share steps while others wait: one costs its part of a step, whatever it takes itself.
+        Prompts share steps while others wait: one costs its part of a step, whatever it takes itself. Few steps are full, and the first
+        tokens beside a large batch are cheaper: `flow` is what comes in a step.
         """
-        chunk = self.chunk(tpot_ms)
-        whole = self.model.mixed_ms(self.tp_size, chunk, max(round(1 + batch), 1), self.ctx)
-        return whole / chunk, max(whole - self.decode(1 + batch), 0.0) / chunk
+        chunk, b = self.chunk(tpot_ms), max(round(1 + batch), 1)
+        part = max(min(int(max(self.prompt.mean, flow)), chunk), 1)
+        whole = self.model.mixed_ms(self.tp_size, chunk, b, self.ctx)
+        usual = whole if part == chunk else self.model.mixed_ms(self.tp_size, part, b, self.ctx)
+        return whole / chunk, max(usual - self.decode(1 + batch), 0.0) / part
 
     def _took(self, points: Points, batch: float, tpot_ms: float) -> Points:
         """Governed: how long prompts take themselves beside this batch."""
@@ -319,7 +333,7 @@ class Group:
 
         for _ in range(40):
             if tpot_ms is not None and batch > sized * 1.1 + 1:
-                token, delay = self._mixed(batch, tpot_ms)
+                token, delay = self._mixed(batch, tpot_ms, r * self.prompt.mean * tpot)
                 own, stall, sized = token * self._tokens + extra, max(delay * self._tokens + extra, 1e-6), batch
             if r * (own if mixed else stall) >= (MIXED_BUSY_MAX if mixed else BUSY_MAX):
                 return stuck("prefill", 1.0)
@@ -363,19 +377,25 @@ class Group:
         slope = self.decode(batch + 2) - self.decode(batch + 1)
         feedback = min(r * self.output.mean * slope / max(1 - busy, 0.03), 0.9)
         spread = math.sqrt(batch * (1 + rush) / 2 / (1 - feedback))
-        if batch + 1.64 * spread > self.kv_batch:
-            return Point(0.0, 0.0, batch, spread, busy, "KV")
         shared = found.prefills / r * fixed if r > 0 else fixed
         waits = r * prompts.own if mixed else busy
         ttft = self._ttft(r, goal.ttft_ms, decode, waits, rush, prompts, prompts.each, fixed, mixed)
         if self.guests and ttft >= least:
             guests = self._took(self.guests, found.sized, goal.tpot_ms) if mixed and goal.tpot_ms is not None else self.stock_guests
             ttft = min(ttft, self._ttft(r, goal.guest_ttft_ms, decode, waits, rush, prompts, guests, fixed, mixed))
+        ttft *= 1 - self._full(batch, spread, tpot, rush, goal.ttft_ms)
         tpots = self._tpot(r, goal.tpot_ms, tpot, batch, spread, shared, busy, rush, prompts) if ttft >= least else 1.0
-        if mixed and goal.tpot_ms is not None and tpots < 1 and self._tight(goal.tpot_ms):
-            room = self._sized(goal.tpot_ms)[0] + 0.5 - batch
+        if mixed and goal.tpot_ms is not None and tpots < 1 and (most := self._bounded(goal.tpot_ms)):
+            room = most + 0.5 - batch
             tpots = max(tpots, NormalDist(0.0, max(spread * math.sqrt(LIVES), 1e-6)).cdf(room))
         return Point(ttft, tpots, batch, spread, busy)
+
+    def _full(self, batch: float, spread: float, tpot: float, rush: float, target: float | None) -> float:
+        """Share that waits too long for KV: finds no room, and as much does not end in time (M/M/N: each of `batch` lasts a life)."""
+        room = self.kv_batch - batch
+        over = 1 - NormalDist().cdf(room / max(spread, 1e-6))
+        lives = (target or math.inf) / (self.output.mean * tpot * max(rush, 1.0))
+        return over * math.exp(-room * lives)
 
     def _ttft(
         self,

@@ -1,47 +1,14 @@
 """From gateways' windows to TierDemand: exponentially weighted counts, with the uncertainty of a Poisson count."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from nitsum.demand import TierDemand
+from nitsum.length_sketch import Sketch, whole
 
-GAMMA = 1.02
-"""Bucket k of a length sketch holds values in (GAMMA^(k-1), GAMMA^k]: DDSketch (VLDB'19) with 1 % relative error."""
-
-
-@dataclass
-class Sketch:
-    """Weighted DDSketch histogram. At most about 1,200 buckets, since lengths end near 10^7."""
-
-    buckets: dict[int, float] = field(default_factory=dict)
-    count: float = 0.0
-    total: float = 0.0
-
-    def merge(self, buckets: dict[int, int], zeros: int, total: float, gamma: float = GAMMA) -> None:
-        for k, n in buckets.items():
-            mine = k if gamma == GAMMA else math.ceil(k * math.log(gamma) / math.log(GAMMA))
-            self.buckets[mine] = self.buckets.get(mine, 0.0) + n
-        self.count += sum(buckets.values()) + zeros
-        self.total += total
-
-    def decay(self, factor: float) -> None:
-        self.buckets = {k: v for k, n in self.buckets.items() if (v := n * factor) > 1e-3}
-        self.count *= factor
-        self.total *= factor
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count if self.count else 0.0
-
-    def quantile(self, q: float) -> float:
-        """Upper end of the bucket in which the q-quantile lies; 0 without data."""
-        left = q * self.count - (self.count - sum(self.buckets.values()))
-        for k in sorted(self.buckets):
-            left -= self.buckets[k]
-            if left <= 0:
-                return GAMMA**k
-        return GAMMA ** max(self.buckets) if self.buckets else 0.0
+LENGTHS = 0.1
+"""Part of the rates' decay: lengths change slower, and a quiet tier should still know its own."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +25,8 @@ class Window:
     prompt: tuple[dict[int, int], int, float] = ({}, 0, 0.0)
     """Buckets, zeros, sum, as in LengthSketch."""
     output: tuple[dict[int, int], int, float] = ({}, 0, 0.0)
+    running: Mapping[int, float] = field(default_factory=dict)
+    """Streams by the bucket of the tokens that they have made, at its end."""
     gateway: str = ""
 
 
@@ -71,6 +40,9 @@ class _Tier:
     in_flight: dict[str, int] = field(default_factory=dict)
     prompt: Sketch = field(default_factory=Sketch)
     output: Sketch = field(default_factory=Sketch)
+    running: dict[str, Mapping[int, float]] = field(default_factory=dict)
+    usual: dict[str, Sketch] = field(default_factory=dict)
+    """What is running on average, by gateway: as many are among `output`, as they ended in what that has seen and began before."""
     frozen: TierDemand | None = None
 
 
@@ -90,10 +62,15 @@ class DemandEstimator:
         for of, new in ((t.seconds, w.seconds), (t.arrivals, float(w.arrivals)), (t.squared, w.arrivals_squared)):
             of[w.gateway] = of.get(w.gateway, 0.0) + new
         t.in_flight[w.gateway] = w.in_flight
-        # Lengths change slower than rates, and a quiet tier should still know its own.
         for sketch, (buckets, zeros, total) in ((t.prompt, w.prompt), (t.output, w.output)):
-            sketch.decay(factor**0.1)
+            sketch.decay(factor**LENGTHS)
             sketch.merge(buckets, zeros, total)
+        usual, slow = t.usual.setdefault(w.gateway, Sketch()), 0.5 ** (w.seconds * LENGTHS / self.half_life_s)
+        usual.decay(slow)
+        usual.merge(w.running, 0, 0.0, weight=1 - slow)
+        t.running[w.gateway] = w.running
+        t.running = {g: n for g, n in t.running.items() if g in t.seconds}
+        t.usual = {g: s for g, s in t.usual.items() if g in t.seconds}
 
     def freeze(self, pool: str, now: float, tiers: Collection[str]) -> None:
         """`tiers`: those that flip now, whose queueing must not look like demand. The pool's others thaw."""
@@ -107,6 +84,7 @@ class DemandEstimator:
             return TierDemand(pool, tier, 0.0, observed_at=t.at)
         arrivals = sum(t.arrivals.values())
         rate = arrivals / seconds
+        output, output_cv = whole(t.output, self._unseen(t))
         return TierDemand(
             pool,
             tier,
@@ -114,12 +92,22 @@ class DemandEstimator:
             math.sqrt(max(arrivals, 1.0)) / seconds,
             math.sqrt(self._dispersion(t, rate, seconds)) if rate > 0 else 1.0,
             t.prompt.mean,
-            t.prompt.quantile(0.9),
-            t.output.mean,
-            t.output.quantile(0.9),
+            t.prompt.cv,
+            output,
+            output_cv,
             float(sum(t.in_flight.values())),
             t.at,
         )
+
+    @staticmethod
+    def _unseen(t: _Tier) -> dict[int, float]:
+        """Running streams that are more than usual: the long ones of those that have begun in what `output` has seen."""
+        more: dict[int, float] = {}
+        for g, running in t.running.items():
+            part = max(1 - t.usual[g].count / max(sum(running.values()), 1e-9), 0.0)
+            for k, n in running.items():
+                more[k] = more.get(k, 0.0) + part * n
+        return more
 
     @staticmethod
     def _dispersion(t: _Tier, rate: float, seconds: float) -> float:

@@ -1,7 +1,7 @@
 """d.yaml as typed values: what each tier is expected to ask for. Reading files is the caller's work.
 
 tiers:
-  chat: {rate: 20, cv: 1.2, prompt: {mean: 1000, p90: 2500}, output: 200}
+  chat: {rate: 20, cv: 1.2, prompt: {mean: 1000, cv: 1}, output: 200}
 """
 
 import math
@@ -22,13 +22,13 @@ def _number(value: Any, path: str, low: float, high: float) -> float:
 
 
 def _length(value: Any, path: str) -> tuple[float, float]:
-    """(mean, 90th percentile; 0: all are equal)."""
+    """(mean, standard deviation over mean)."""
     if not isinstance(value, Mapping):
         return _number(value, path, 1, 1e6), 0.0
-    if extra := [k for k in value if k not in ("mean", "p90")]:
-        raise InvalidSpec(f"{path}.{extra[0]}", "unknown field; a length is a number of tokens or {mean, p90}")
+    if extra := [k for k in value if k not in ("mean", "cv")]:
+        raise InvalidSpec(f"{path}.{extra[0]}", "unknown field; a length is a number of tokens or {mean, cv}")
     mean = _number(value.get("mean"), f"{path}.mean", 1, 1e6)
-    return mean, _number(value["p90"], f"{path}.p90", 1, 1e7) if "p90" in value else 0.0
+    return mean, _number(value.get("cv", 0), f"{path}.cv", 0, 20)
 
 
 def parse(raw: Any, pool: str, tiers: tuple[str, ...], at: float = 0.0) -> tuple[TierDemand, ...]:
@@ -48,9 +48,9 @@ def parse(raw: Any, pool: str, tiers: tuple[str, ...], at: float = 0.0) -> tuple
             raise InvalidSpec(f"{path}.{extra[0]}", f"unknown field; known are {', '.join(FIELDS)}")
         if missing := [k for k in ("rate", "prompt", "output") if k not in value]:
             raise InvalidSpec(f"{path}.{missing[0]}", "missing; a tier has rate (requests/s), prompt and output (tokens)")
-        prompt, prompt_p90 = _length(value["prompt"], f"{path}.prompt")
-        output, output_p90 = _length(value["output"], f"{path}.output")
+        prompt, prompt_cv = _length(value["prompt"], f"{path}.prompt")
+        output, output_cv = _length(value["output"], f"{path}.output")
         rate = _number(value["rate"], f"{path}.rate", 0, 1e6)
         stddev, cv = _number(value.get("stddev", 0), f"{path}.stddev", 0, 1e6), _number(value.get("cv", 1), f"{path}.cv", 0, 20)
-        found.append(TierDemand(pool, str(name), rate, stddev, cv, prompt, prompt_p90, output, output_p90, observed_at=at))
+        found.append(TierDemand(pool, str(name), rate, stddev, cv, prompt, prompt_cv, output, output_cv, observed_at=at))
     return tuple(sorted(found, key=lambda d: d.tier))

@@ -73,21 +73,22 @@ def prefill_budget(
     def fits(pages: int) -> bool:
         return step_ms(model, tp_size, pages * page, batch, ctx, behind) <= tpot_ms
 
-    return _most(fits, max(chunk_max // page, 1)) * page
+    return largest(fits, max(chunk_max // page, 1)) * page
 
 
-def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
+def batch_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int, ctx: int = 0) -> int:
     """Most requests that may run so that a step of theirs that also carries its part of prefill ends within `tpot_ms`; at least 1.
 
     Where requests of `prompt` and `output` tokens (means) come as fast as they end, b decodes go with b x prompt / output of prefill.
+    `ctx`: mean length of those that run, where outputs are not alike: long ones run longest.
     """
-    ctx = max(int(prompt + output / 2), 1)
+    ctx = ctx or max(int(prompt + output / 2), 1)
 
     def fits(b: int) -> bool:
         chunk = min(max(round(b * prompt / output), 1), CHUNK_MAX)
         return step_ms(model, tp_size, chunk, b, ctx, depth(prompt, chunk)) <= tpot_ms
 
-    return _most(fits, max(int(kv_tokens / (prompt + output)), 1))
+    return largest(fits, max(int(kv_tokens / (prompt + output)), 1))
 
 
 def streams_max(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> int:
@@ -101,17 +102,19 @@ def streams_max(model: StepTimeModel, tp_size: int, prompt: float, output: float
         alone = model.decode_ms(tp_size, b, ctx)
         return alone + min(b / output, 1.0) * (step_ms(model, tp_size, PAGE, b, ctx, int(prompt)) - alone) <= tpot_ms
 
-    return _most(fits, max(int(kv_tokens / (prompt + output)), 1))
+    return largest(fits, max(int(kv_tokens / (prompt + output)), 1))
 
 
-def sizes(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int) -> tuple[int, int]:
-    """(requests of these mean lengths that may run, prefill tokens of a step beside them) so that a tier keeps `tpot_ms`.
+def sizes(
+    model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, kv_tokens: int, ctx: int = 0
+) -> tuple[int, int]:
+    """(requests of these mean lengths that may run, prefill tokens of a step beside them) so that a tier keeps `tpot_ms`; `ctx` as above.
 
     Every step ends within it where that leaves room for CHUNK_MIN; then prefill keeps up as well (`batch_max`). Else steps with prefill are
     longer, up to LUMP times the target, and so few that the mean over steps is within MEAN of it.
     """
-    ctx = max(int(prompt + output / 2), 1)
-    most = batch_max(model, tp_size, prompt, output, tpot_ms, kv_tokens)
+    ctx = ctx or max(int(prompt + output / 2), 1)
+    most = batch_max(model, tp_size, prompt, output, tpot_ms, kv_tokens, ctx)
     first = prefill_budget(model, tp_size, most, ctx, tpot_ms)
     chunk = prefill_budget(model, tp_size, most, ctx, tpot_ms, depth(prompt, first))
     if chunk >= CHUNK_MIN or tpot_ms <= 0:
@@ -125,11 +128,11 @@ def sizes(model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot
         often = min(b * prompt / output / chunk, 1.0)
         return alone + often * (step_ms(model, tp_size, chunk, b, ctx, depth(prompt, chunk)) - alone) <= MEAN * tpot_ms
 
-    most = _most(fits, max(int(kv_tokens / (prompt + output)), 1))
+    most = largest(fits, max(int(kv_tokens / (prompt + output)), 1))
     return most, lump(most)
 
 
-def _most(fits: Callable[[int], bool], high: int) -> int:
+def largest(fits: Callable[[int], bool], high: int) -> int:
     """The largest that fits, by bisection; at least 1."""
     low = 1
     if fits(high):

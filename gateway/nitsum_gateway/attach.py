@@ -42,7 +42,7 @@ async def _reports(router: Router, pool: types_pb2.PoolRef) -> AsyncIterator[gat
     while True:
         await asyncio.sleep(REPORT_S)
         now = time.monotonic()
-        report = router.demand.report(pool, [t.name for t in router.tiers], now - last)
+        report = router.demand.report(pool, [t.name for t in router.tiers], now - last, router.running())
         report.window_end.GetCurrentTime()
         last = now
         yield gateway_pb2.AttachRequest(demand=report)

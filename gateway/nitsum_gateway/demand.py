@@ -1,16 +1,12 @@
 """What a front saw of each tier since its last report: arrivals, lengths, latencies, who met their targets. No clock of its own."""
 
-import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from nitsum.length_sketch import GAMMA, bucket
 from nitsum_api.gateway.v1 import gateway_pb2
 from nitsum_api.types.v1 import types_pb2
-
-GAMMA = 1.02
-"""1 % relative error: DDSketch (VLDB'19)."""
-BUCKET_MAX = math.ceil(math.log(1e7) / math.log(GAMMA))
-"""Larger values count as 10^7 tokens or milliseconds, so a sketch never has more buckets than about 1,600."""
 
 
 @dataclass
@@ -23,7 +19,7 @@ class Sketch:
         if value <= 0:
             self.zeros += 1
             return
-        self.buckets[min(max(math.ceil(math.log(value) / math.log(GAMMA)), -200), BUCKET_MAX)] += 1
+        self.buckets[bucket(value)] += 1
         self.total += value
 
     def message(self) -> types_pb2.LengthSketch:
@@ -80,9 +76,14 @@ class Demand:
         if output_tokens > 1:
             w.sketches["tpot_ms"].add(tpot_ms)
 
-    def report(self, pool: types_pb2.PoolRef, tiers: list[str], window_s: float) -> gateway_pb2.DemandReport:
-        """Ends the window. Every tier of the pool has a row, so that silence is seen as no demand."""
-        rows = []
+    def report(
+        self, pool: types_pb2.PoolRef, tiers: list[str], window_s: float, running: Iterable[tuple[str, int]] = ()
+    ) -> gateway_pb2.DemandReport:
+        """Ends the window. Every tier of the pool has a row, so that silence is seen as no demand. `running`: tier of each stream that has
+        tokens, and how many."""
+        rows, made = [], dict[str, Sketch]()
+        for tier, tokens in running:
+            made.setdefault(tier, Sketch()).add(tokens)
         for tier in dict.fromkeys([*tiers, *self.windows, *(t for t, n in self.in_flight.items() if n)]):
             w = self.windows.get(tier, TierWindow())
             rows.append(
@@ -91,6 +92,7 @@ class Demand:
                     tier=tier,
                     arrivals_squared=float(w.counts["arrivals"] ** 2),
                     in_flight=max(self.in_flight[tier], 0),
+                    running_tokens=made.get(tier, Sketch()).message(),
                     **{name: w.counts[name] for name in COUNTS},  # type: ignore[arg-type]
                     **{name: w.sketches[name].message() for name in SKETCHES},  # type: ignore[arg-type]
                 )
@@ -104,6 +106,7 @@ def merge(into: gateway_pb2.TierDemand, other: gateway_pb2.TierDemand) -> None:
     for name in (*COUNTS, "arrivals_squared"):
         setattr(into, name, getattr(into, name) + getattr(other, name))
     into.in_flight = other.in_flight
+    into.running_tokens.CopyFrom(other.running_tokens)
     for name in SKETCHES:
         mine, theirs = getattr(into, name), getattr(other, name)
         mine.gamma, mine.zero_count, mine.sum = GAMMA, mine.zero_count + theirs.zero_count, mine.sum + theirs.sum

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +113,10 @@ class Router:
             self._forget(live)
             row = Row(live.request, [], not live.emitted, len(live.out), {"type": "abort", "message": "the client went away"})
             self.emitter.emit([row])
+
+    def running(self) -> Iterator[tuple[str, int]]:
+        """Tier of each stream that has tokens, and how many."""
+        return ((live.tier.name, len(live.out)) for live in self.live.values() if live.out)
 
     # From nodes
 

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nitsum.demand_estimate import GAMMA, Sketch
+from nitsum.length_sketch import GAMMA, Sketch
 from nitsum_api.gateway.v1 import gateway_pb2
 
 WINDOW_S = 60.0

@@ -113,6 +113,7 @@ def windows(report: gateway_pb2.DemandReport) -> list[Window]:
             t.in_flight,
             sketch(t.prompt_tokens),
             sketch(t.output_tokens),
+            dict(t.running_tokens.buckets),
             report.gateway_id,
         )
         for t in report.tiers

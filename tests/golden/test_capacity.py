@@ -41,10 +41,7 @@ class Case:
 
 
 def lengths(mean: float, cv: float) -> Lengths:
-    if not cv:
-        return Lengths(mean)
-    sigma = math.sqrt(math.log(1 + cv**2))
-    return Lengths(mean, mean * math.exp(1.2816 * sigma - sigma**2 / 2))
+    return Lengths(mean, cv)
 
 
 def chunk(c: Case) -> int | None:
@@ -112,7 +109,12 @@ def grid(tps: tuple[int, ...], targets: tuple[tuple[float | None, float | None],
             yield Case(tp, prompt, output, cv, ttft, tpot, governed)
 
 
-CASES = [c for c in grid((1, 4), ((500, 20), (1000, 40))) if c.cv == 1.0 or c.prompt[0] == 1000]
+CASES = [
+    *(c for c in grid((1, 4), ((500, 20), (1000, 40))) if c.cv == 1.0 or c.prompt[0] == 1000),
+    # Long prompts, and KV that is full long before the time is.
+    *(Case(tp, (12000, 0.7), (340, 0.7), 1.0, 10_000, 40, True) for tp in (1, 2, 4)),
+    *(Case(tp, (1240, 1.0), (205, 0.8), 1.0, 10_000, 100, governed) for tp in (1, 4) for governed in (False, True)),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -36,7 +36,7 @@ def fleet(nodes: int, gpus: int = 8) -> tuple[NodeView, ...]:
 
 
 def snapshot(p: Pool, nodes: tuple[NodeView, ...], rates: dict[str, float], profile: Profile = H100, prompt: float = 1000) -> Snapshot:
-    demand = tuple(TierDemand(p.name, t, r, 0.0, 1.0, prompt, 2.3 * prompt, 200, 420, observed_at=0.0) for t, r in rates.items())
+    demand = tuple(TierDemand(p.name, t, r, 0.0, 1.0, prompt, 1.0, 200, 0.8, observed_at=0.0) for t, r in rates.items())
     return Snapshot((p,), nodes, demand, {p.name: profile}, {p.name: profile})
 
 
@@ -78,7 +78,7 @@ def test_groups_follow_demand() -> None:
 
 
 def test_a_looser_tier_borrows_only_where_the_strict_one_keeps_its_slo() -> None:
-    p = replace(pool(8, (replace(TIERS[0], weight=8), *TIERS[1:])), allowed_tp=(1,))
+    p = replace(pool(8, (replace(TIERS[0], weight=16), *TIERS[1:])), allowed_tp=(1,))
     nodes = applied(fleet(1), SlowPlane()(snapshot(p, fleet(1), {"chat": 20.0, "agents": 60.0}), 0.0))
     s = snapshot(p, nodes, {"chat": 20.0, "agents": 170.0})
     plan = FastPlane()(s, 0.0)

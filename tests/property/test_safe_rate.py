@@ -10,7 +10,7 @@ from nitsum.perf.profile import load_shipped
 
 MODELS = [load_shipped(name) for name in ("llama-3.1-8b-instruct.h100_sxm", "qwen3-32b.h100_sxm")]
 RESIDENT = (1, 2, 4, 8)
-SHAPES = (((1000, 2000), (200, 400)), ((4000, 9600), (400, 480)), ((200, 200), (30, 60)))
+SHAPES = (((1000, 0.8), (200, 0.8)), ((4000, 1.2), (400, 0.15)), ((200, 0), (30, 0.8)))
 GOALS = (Goal(300, 12, 0.95), Goal(1000, 40, 0.9), Goal(None, 30, 0.95), Goal(800, None, 0.99), Goal(1000, 20, 0.95, 300))
 
 
@@ -32,7 +32,7 @@ class Bisected(Group):
 
 def group(of: type[Group], model: int, tp_size: int, shape: int, governed: bool, crowd: int, dispersion: float) -> Group:
     prompt, output = (Lengths(*pair) for pair in SHAPES[shape])
-    return of(MODELS[model], tp_size, prompt, output, dispersion, governed, Lengths(300, 600), RESIDENT, crowd)
+    return of(MODELS[model], tp_size, prompt, output, dispersion, governed, Lengths(300, 0.8), RESIDENT, crowd)
 
 
 @pytest.mark.parametrize(("model", "tp_size", "shape"), list(itertools.product((0, 1), (1, 4), (0, 1, 2))))
@@ -55,4 +55,4 @@ def test_what_goals_share_changes_none_of_them(governed: bool) -> None:
     for order in (asked, asked[::-1]):
         engine = group(Group, 0, 2, 0, governed, 1, 1.0)
         for goal, crowd, dispersion in order:
-            assert safe(engine.among(crowd, dispersion, Lengths(300, 600)), goal) == fresh(goal, crowd, dispersion)
+            assert safe(engine.among(crowd, dispersion, Lengths(300, 0.8)), goal) == fresh(goal, crowd, dispersion)

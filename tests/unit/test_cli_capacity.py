@@ -21,7 +21,7 @@ spec:
     - {name: chat, ttft: 500ms, tpot: TPOT, weight: 4, default: true}
     - {name: agents, ttft: 1s, tpot: 40ms}
 """
-DEMAND = "tiers: {chat: {rate: RATE, prompt: {mean: 1000, p90: 2500}, output: 200}, agents: {rate: 5, prompt: 500, output: 100}}"
+DEMAND = "tiers: {chat: {rate: RATE, prompt: {mean: 1000, cv: 1}, output: 200}, agents: {rate: 5, prompt: 500, output: 100}}"
 
 
 def capacity(folder: Path, rate: float = 20, tpot: str = "15ms", fleet: str = "1x8:h100_sxm", pool: str = POOL) -> tuple[int, str, Path]:
@@ -106,7 +106,7 @@ def test_the_least_is_the_least() -> None:
 
     times = load_shipped("llama-3.1-8b-instruct.h100_sxm")
     pool = Pool("default/x", "u", times.model, (Tier("chat", 500, 15),), 1)
-    demand = (TierDemand(pool.name, "chat", 60.0, 0.0, 1.0, 1000, 2500, 200, 400),)
+    demand = (TierDemand(pool.name, "chat", 60.0, 0.0, 1.0, 1000, 1.0, 200, 0.8),)
     q, planner = sizing.Question(pool, demand, times, times, 8, "h100_sxm"), SlowPlane()
     found = sizing.needed(q, planner)
     assert found.gpus is not None

@@ -30,7 +30,7 @@ def plan(folder: Path, demand: str, tpot: str = "20ms", fleet: str = "1x8:h100_s
 
 def test_a_feasible_demand(tmp_path: Path) -> None:
     code, said = plan(
-        tmp_path, "tiers: {chat: {rate: 10, prompt: {mean: 1000, p90: 2500}, output: 200}, agents: {rate: 5, prompt: 500, output: 100}}"
+        tmp_path, "tiers: {chat: {rate: 10, prompt: {mean: 1000, cv: 1}, output: 200}, agents: {rate: 5, prompt: 500, output: 100}}"
     )
     assert code == 0, said
     assert "8 of 8 GPUs" in said
@@ -49,7 +49,7 @@ def test_an_infeasible_one_says_what_would_do(tmp_path: Path) -> None:
 
 
 def test_roles_in_plain_words(tmp_path: Path) -> None:
-    code, said = plan(tmp_path, "tiers: {chat: {rate: 30, prompt: {mean: 2500, p90: 5000}, output: {mean: 212, p90: 420}}}", tpot="5ms")
+    code, said = plan(tmp_path, "tiers: {chat: {rate: 30, prompt: {mean: 2500, cv: 0.9}, output: {mean: 212, cv: 0.8}}}", tpot="5ms")
     assert code == 0, said
     assert "4 x TP1 prefill for chat+agents" in said
     assert "1 x TP4 decode for chat+agents" in said
@@ -62,7 +62,7 @@ def test_roles_in_plain_words(tmp_path: Path) -> None:
         ("tiers: {chat: {rate: -1, prompt: 1, output: 1}}", "tiers.chat.rate"),
         ("tiers: {gold: {rate: 1, prompt: 1, output: 1}}", "tiers.gold"),
         ("tiers: {chat: {rate: 1, prompt: 1}}", "tiers.chat.output"),
-        ("tiers: {chat: {rate: 1, prompt: {p90: 3}, output: 1}}", "tiers.chat.prompt.mean"),
+        ("tiers: {chat: {rate: 1, prompt: {cv: 3}, output: 1}}", "tiers.chat.prompt.mean"),
         ("[]", "demand"),
         ("{tiers: {chat: {rate: 1, prompt: 1, output: 1}}, tier: {}}", "tier: unknown field; a demand has tiers alone"),
         ("tiers: {chat: {rate: 1, prompt: 1, output: 1, ouput: 2}}", "tiers.chat.ouput: unknown field; known are rate"),

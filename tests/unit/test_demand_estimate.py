@@ -1,6 +1,11 @@
+import math
+import random
+from collections import Counter
+
 import pytest
 
-from nitsum.demand_estimate import GAMMA, DemandEstimator, Sketch, Window
+from nitsum.demand_estimate import DemandEstimator, Window
+from nitsum.length_sketch import GAMMA, Sketch, bucket, whole
 
 
 def feed(e: DemandEstimator, rate: int, seconds: int, start: int = 0, gateway: str = "g") -> None:
@@ -15,7 +20,7 @@ def test_a_steady_rate_is_found_with_its_uncertainty() -> None:
     assert d.rate == pytest.approx(4)
     assert 0.3 < d.rate_stddev < 0.8
     assert d.prompt_tokens_mean == pytest.approx(GAMMA**100)
-    assert d.prompt_tokens_p90 == pytest.approx(GAMMA**100)
+    assert d.prompt_tokens_cv < 0.2, "all are equal; what is assumed of the unseen wears off"
     assert d.in_flight == 3
 
 
@@ -50,4 +55,41 @@ def test_a_frozen_tier_stays_as_it_was() -> None:
 def test_a_foreign_gamma_is_converted() -> None:
     s = Sketch()
     s.merge({10: 5}, 0, 5 * 1.1**10, gamma=1.1)
-    assert s.quantile(0.5) == pytest.approx(1.1**10, rel=0.03)
+    assert s.mean == pytest.approx(1.1**10)
+    assert max(s.buckets) == pytest.approx(10 * math.log(1.1) / math.log(GAMMA), abs=1)
+
+
+def test_the_spread_of_lengths_is_found() -> None:
+    drawn = random.Random(1)
+    values = [drawn.lognormvariate(7, 0.8) for _ in range(5000)]
+    s = Sketch()
+    s.merge(dict(Counter(math.ceil(math.log(v) / math.log(GAMMA)) for v in values)), 0, sum(values))
+    assert s.cv == pytest.approx(math.sqrt(math.exp(0.8**2) - 1), rel=0.05)
+    few = Sketch()
+    few.merge({300: 2}, 0, 2 * GAMMA**300)
+    assert 0.8 < few.cv < 1, "two equal lengths do not say that all are"
+
+
+def test_long_streams_count_before_they_end() -> None:
+    """1 request/s, 10 tokens/s, lengths exponential with mean 300: after 20 s only short ones have ended."""
+    drawn, e, streams = random.Random(3), DemandEstimator(10), list[tuple[float, int]]()
+    seen: dict[float, float] = {}
+    for s in range(1, 401):
+        streams += [(s - 1 + drawn.random(), math.ceil(drawn.expovariate(1 / 300))) for _ in range(10)]
+        ended = [n for at, n in streams if at + n / 10 <= s]
+        streams = [(at, n) for at, n in streams if at + n / 10 > s]
+        running = Counter(bucket(made) for at, _ in streams if (made := int((s - at) * 10)))
+        e.observe(Window("p", "t", float(s), 1.0, 10, 100.0, 0, output=(dict(Counter(map(bucket, ended))), 0, sum(ended)), running=running))
+        if s in (20, 400):
+            seen[s] = e.estimate(s)[0].output_tokens_mean
+    assert seen[20] == pytest.approx(300, rel=0.25), "those that have ended have 85 tokens"
+    assert seen[400] == pytest.approx(300, rel=0.1), "and once it has seen whole lives nothing is counted twice"
+
+
+def test_streams_of_equal_length_are_not_overestimated() -> None:
+    ended, running = Sketch(), {bucket(n): 1.0 for n in range(10, 200, 10)}
+    ended.merge({bucket(200): 5}, 0, 1000)
+    mean, cv = whole(ended, running)
+    assert mean == pytest.approx(200, rel=0.02)
+    assert whole(ended, {})[0] == 200
+    assert cv < whole(Sketch(), running)[1]

@@ -43,7 +43,7 @@ def side(role: Role, tp: int, a: Asked) -> float:
 
 def test_each_side_does_more_of_its_half_than_a_mixed_group_does_of_both() -> None:
     for tp in (2, 4):
-        mixed = safe(Group(H100, tp, Lengths(2500, 5000), Lengths(200, 400), governed=True, resident_tp=H100.tp_sizes), Goal(1000, 7, 0.95))
+        mixed = safe(Group(H100, tp, Lengths(2500, 0.9), Lengths(200, 0.8), governed=True, resident_tp=H100.tp_sizes), Goal(1000, 7, 0.95))
         assert side(Role.PREFILL, tp, asked()) > mixed.rate > 0
         assert side(Role.DECODE, tp, asked()) > mixed.rate
 

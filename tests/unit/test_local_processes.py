@@ -79,9 +79,10 @@ async def test_process_that_ends_before_it_is_ready_fails_with_its_log(tmp_path:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 async def test_nothing_outlives_the_supervising_process(tmp_path: Path, number: int) -> None:
     program = f"""
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from nitsum_local.processes import Spec, Supervisor, run
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, as it should be
 async def main():
     async with Supervisor(Path({str(tmp_path)!r}) / "log") as s:
         p = await s.start(Spec("one", ["sleep", "100"]))

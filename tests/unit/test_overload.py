@@ -49,8 +49,8 @@ def running(*widths: int) -> NodeView:
 
 def test_what_comes_of_a_tier_that_gets_hardly_any_capacity_goes_to_one_group_and_is_capped_there() -> None:
     demand = (
-        TierDemand("default/p", "strict", 99.0, 2.5, 1.0, 1240, 4093, 205, 420, observed_at=0.0),
-        TierDemand("default/p", "long", 11.0, 0.8, 1.2, 11_600, 27_000, 330, 600, observed_at=0.0),
+        TierDemand("default/p", "strict", 99.0, 2.5, 1.0, 1240, 1.0, 205, 0.8, observed_at=0.0),
+        TierDemand("default/p", "long", 11.0, 0.8, 1.2, 11_600, 1.3, 330, 0.7, observed_at=0.0),
     )
     plan = FastPlane(Capacity(governed=True))(snapshot((STRICT, LONG), demand, running(1, 1, 1, 1, 1, 1, 2)), 0.0)
     shares = [{s.tier: s for s in g.shares} for g in plan.nodes[0].layout.groups]
@@ -70,7 +70,7 @@ def test_a_tp_whose_weights_take_the_others_kv_is_not_resident(name: str, kept: 
     profile = load_shipped(name)
     assert worth_residing(profile, (1, 2, 4, 8)) == kept
     assert worth_residing(profile, (1,)) == (1,), "the only one is kept"
-    demand = (TierDemand("default/p", "strict", 5.0, 1.0, 1.0, 500, 1000, 100, 200, observed_at=0.0),)
+    demand = (TierDemand("default/p", "strict", 5.0, 1.0, 1.0, 500, 0.8, 100, 0.8, observed_at=0.0),)
     plan = SlowPlane(capacity=Capacity(governed=True))(
         snapshot((replace(STRICT, tpot_ms=40.0),), demand, NodeView(NODE, reported_at=0.0), profile), 0.0
     )
@@ -92,7 +92,14 @@ def test_what_is_asked_of_a_change_falls_with_the_time_that_a_layout_has_stood()
 
 @pytest.mark.parametrize(
     ("rate", "ttft_ms", "running", "queue"),
-    [(20.0, 500.0, 30, 8), (0.9, 3000.0, 2, 16), (0.8, 3000.0, 2, 16), (0.6, 30_000.0, 2, 16), (0.9, 60_000.0, 30, 40), (5.0, None, 4, 24)],
+    [
+        (40.0, 500.0, 30, 9),
+        (0.9, 5000.0, 2, 16),
+        (0.8, 5000.0, 2, 16),
+        (0.6, 30_000.0, 2, 16),
+        (0.9, 100_000.0, 30, 40),
+        (5.0, None, 4, 24),
+    ],
 )
 def test_a_slow_group_does_not_refuse_the_third_in_its_queue(rate: float, ttft_ms: float | None, running: int, queue: int) -> None:
     """A queue of 2 and one of 16 were a hundredth of a request/s apart."""

@@ -34,7 +34,7 @@ NODE = NodeView(Node("a", tuple(Gpu(i, f"g{i}") for i in range(8)), legal_tp={"l
 
 
 def taken(node: NodeView, at: float, pool: Pool = POOL, model: object = H100, **rates: float) -> Snapshot:
-    demand = tuple(TierDemand(pool.name, t, r, 0.0, 1.0, 1000, 2300, 200, 420, observed_at=at) for t, r in rates.items())
+    demand = tuple(TierDemand(pool.name, t, r, 0.0, 1.0, 1000, 1.0, 200, 0.8, observed_at=at) for t, r in rates.items())
     return Snapshot((pool,), (node,), demand, {pool.name: model}, {pool.name: H100}, PlannerSettings(cooldown_s=5))  # type: ignore[dict-item]
 
 

@@ -13,8 +13,8 @@ from nitsum.planner import handover
 from nitsum.planner.problem import Kind
 
 REMEMBERED_MAX, ENGINES_MAX = 8192, 256
-STEP, RATIO, COARSE = 1.05, 1.2, 1.5
-"""Means of lengths count as the nearest power of the first, tails of the second, burstiness of the third: no estimate of them is better,
+STEP, SPREAD, COARSE = 1.05, 1.2, 1.5
+"""Means of lengths count as the nearest power of the first, spreads of the second, burstiness of the third: no estimate of them is better,
 and it keeps plans from trembling."""
 PRIOR_PROMPT, PRIOR_OUTPUT = 256.0, 128.0
 """Tokens, of a tier nobody has asked for yet."""
@@ -26,22 +26,23 @@ def rounded(value: float, step: float) -> float:
 
 @dataclass(frozen=True)
 class Mark:
-    """What of a tier's demand its capacity depends on, rounded. Ratios: 90th percentile over mean."""
+    """What of a tier's demand its capacity depends on, rounded. Spreads: mean square over square of the mean."""
 
     prompt: float
-    prompt_ratio: float
+    prompt_spread: float
     output: float
-    output_ratio: float
+    output_spread: float
     dispersion: float
 
 
 def mark(d: TierDemand) -> Mark:
-    ratios = (
-        rounded(p90 / mean, RATIO) if mean > 0 and p90 > mean else 1.0
-        for p90, mean in ((d.prompt_tokens_p90, d.prompt_tokens_mean), (d.output_tokens_p90, d.output_tokens_mean))
-    )
     prompt, output = rounded(d.prompt_tokens_mean or PRIOR_PROMPT, STEP), rounded(d.output_tokens_mean or PRIOR_OUTPUT, STEP)
-    return Mark(prompt, next(ratios), output, next(ratios), rounded(d.cv**2, COARSE))
+    prompts, outputs = rounded(1 + d.prompt_tokens_cv**2, SPREAD), rounded(1 + d.output_tokens_cv**2, SPREAD)
+    return Mark(prompt, prompts, output, outputs, rounded(d.cv**2, COARSE))
+
+
+def lengths(mean: float, spread: float) -> Lengths:
+    return Lengths(mean, math.sqrt(max(spread - 1, 0.0)))
 
 
 HALF = 0.5
@@ -55,7 +56,7 @@ def near(a: Mark, b: Mark) -> bool:
 
 
 def _near(a: tuple[float, float] | None, b: tuple[float, float] | None) -> bool:
-    """Of guests: prompt and its ratio."""
+    """Of guests: prompt and its spread."""
     return a == b or (a is not None and b is not None and max(a[0], b[0]) <= FAR * min(a[0], b[0]))
 
 
@@ -112,8 +113,8 @@ class Capacity:
         role: Role = Role.MIXED,
         load_ms: float = 0.0,
     ) -> Safe:
-        """`tier`: of whom, and its guest; tells apart what was last known. `guest`: prompt and its ratio of a stricter tier that shares the
-        group.
+        """`tier`: of whom, and its guest; tells apart what was last known. `guest`: prompt and its spread of a stricter tier that shares
+        the group.
 
         `crowd`: groups among which routers spread what comes, so that each sees less of the bursts.
 
@@ -131,7 +132,7 @@ class Capacity:
         if self.left == 0 and (before := self._latest.get(last)) is not None and near(before[0], m) and _near(before[1], guest):
             self.guessed = True
             return before[2]
-        other = Lengths(guest[0], guest[0] * guest[1]) if guest else None
+        other = lengths(*guest) if guest else None
         engine = self._engine(model, tp_size, m, resident, role, load_ms)
         found = safe(engine.among(crowd, m.dispersion, other), goal)
         held = found.rate
@@ -151,9 +152,9 @@ class Capacity:
         return found
 
     def _engine(self, model: StepTimeModel, tp_size: int, m: Mark, resident: tuple[int, ...], role: Role, load_ms: float) -> Group:
-        key = version(model), tp_size, m.prompt, m.prompt_ratio, m.output, m.output_ratio, resident, role, load_ms
+        key = version(model), tp_size, m.prompt, m.prompt_spread, m.output, m.output_spread, resident, role, load_ms
         if (found := self._engines.get(key)) is None:
-            prompt, output = Lengths(m.prompt, m.prompt * m.prompt_ratio), Lengths(m.output, m.output * m.output_ratio)
+            prompt, output = lengths(m.prompt, m.prompt_spread), lengths(m.output, m.output_spread)
             if role is Role.MIXED:
                 found = Group(model, tp_size, prompt, output, governed=self.governed, resident_tp=resident)
             else:
@@ -186,13 +187,13 @@ class Capacity:
         return self._sizes[key]
 
     def size(
-        self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...]
+        self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...], ctx: float = 0.0
     ) -> tuple[int, int]:
         """(requests that may run, prefill tokens of a step beside them) so that streams keep `tpot_ms`; see `governor.sizes`."""
-        prompt, output = rounded(prompt, STEP), rounded(output, STEP)
-        key = version(model), tp_size, prompt, output, tpot_ms, resident
+        prompt, output, ctx = rounded(prompt, STEP), rounded(output, STEP), rounded(ctx, STEP) if ctx else 0.0
+        key = version(model), tp_size, prompt, output, tpot_ms, resident, ctx
         if key not in self._sizes:
-            self._sizes[key] = sizes(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident))
+            self._sizes[key] = sizes(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident), int(ctx))
             if len(self._sizes) > REMEMBERED_MAX:
                 self._sizes.popitem(last=False)
         return self._sizes[key]

@@ -185,7 +185,7 @@ def solve(
         for piece, (most, worth) in enumerate(w.pieces()):
             gain[model.g_at[t, piece]], upper[model.g_at[t, piece]] = worth, most
     for (_, pool, shape), i in model.d_at.items():
-        gain[i] = -problem.new_loss(pool, shape[0])
+        gain[i] = -problem.new_loss(pool, shape)
     begin = model.started(problem, start) if start is not None and fixed is None else None
     if start is not None and begin is not None:
         found, _, _ = _run(-gain, model, lower, upper, 0, nodes_max, None)

@@ -80,7 +80,7 @@ class _Left:
         kind = self.problem.kinds[k]
         if not self.problem.runs or self.runs.get((c, kind.pool, kind.shape), 0) > 0:
             return 0.0
-        return self.problem.new_loss(kind.pool, kind.tp_size)
+        return self.problem.new_loss(kind.pool, kind.shape)
 
     def take(self, c: int, k: int, n: int, filled: list[tuple[int, int, float]]) -> None:
         kind = self.problem.kinds[k]

@@ -1,8 +1,10 @@
 """Shares and limits of a group: what its node admits, so that overload is shed at once and what runs keeps its targets."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from nitsum.demand import TierDemand
 from nitsum.governor import CHUNK_MAX
 from nitsum.layout import Capacity as Limits
 from nitsum.layout import Role, TierShare
@@ -23,7 +25,7 @@ SHELTERED, SHARE_MIN = 1e-3, 2e-3
 """Of a tier that a group serves: routers take a share of 0 for a tier that rides along."""
 MIXED_MIN = 0.1
 """Of a tier's use of its groups: routers do not know flows, so some of each tier that a group serves comes to it."""
-PATIENCE = 0.75
+PATIENCE = 0.45
 """Of the TTFT that may pass in a queue: the request's own prefill comes after it."""
 FILLED = 0.8
 """Part of a group's time that background may fill up: its prompts go in turn with the others'."""
@@ -83,11 +85,21 @@ def limits_of(q: PoolQuestion, serving: Serving, p: Placed, snapshot: Snapshot, 
     running = max(round(ROOM * sum(uses[t] * batch for t, _, batch in able)), 1)
     chunk, prefill = 0, round(rate * prompt, 1)
     if tpot_ms is not None:
-        running, chunk = capacity.size(model, tp_size, prompt, output, tpot_ms, q.tps)
+        running, chunk = capacity.size(model, tp_size, prompt, output, tpot_ms, q.tps, running_length(q.demand, rates))
     if loosest:
         shares += tuple(TierShare(t, SHELTERED, beside(t, spare / max(len(q.background), 1))) for t in q.background)
     ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in own and t.ttft_ms is not None), default=None)
     return shares, Limits(running, kv_tokens, prefill, queue(rate, ttft_ms, running), chunk)
+
+
+def running_length(demand: Mapping[str, TierDemand], rates: Mapping[str, float]) -> float:
+    """Mean tokens of a stream that runs, prompt and what is made: it is seen for as long as its output takes."""
+    seen = made = 0.0
+    for t, rate in rates.items():
+        prompt, output = demand[t].prompt_tokens_mean or PRIOR_PROMPT, demand[t].output_tokens_mean or PRIOR_OUTPUT
+        seen += rate * output
+        made += rate * output * (prompt + output * (1 + demand[t].output_tokens_cv ** 2) / 2)
+    return made / seen
 
 
 def _in_role(

@@ -53,7 +53,7 @@ def safe_in(role: Role, a: Asked, capacity: Capacity, tp_size: int, sharing: Sha
         if load_ms is None:
             found.append(Safe(0.0, "KV is not kept", 0))
             continue
-        invited = (a.marks[guest].prompt, a.marks[guest].prompt_ratio) if guest and role is Role.PREFILL else None
+        invited = (a.marks[guest].prompt, a.marks[guest].prompt_spread) if guest and role is Role.PREFILL else None
         whose = f"{a.pool}/{tier}/{guest}/{role}"
         in_role = handover.goal_in(role, goal)
         safe = capacity.of(a.model, tp_size, whose, m, in_role, a.resident, invited, False, crowd, role, load_ms)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from nitsum.planner.split import Shape, Split, shape_of
+from nitsum.planner.split import Shape, Split, shape_of, widest_of
 
 SURGES = ((2.0, 1e-2), (4.0, 3e-3), (1e4, 1e-4))
 """(multiple of the demand up to which the piece goes, worth of a request/s in it)."""
@@ -125,8 +125,8 @@ class Problem:
     """GPUs by pool, less those that lost nodes may hold."""
     runs: Mapping[tuple[int, str, Shape], int] = field(default_factory=dict)
     """Groups that run now by (class index, pool, shape)."""
-    flip_loss: Mapping[str, float] = field(default_factory=dict)
-    """By pool: score lost per GPU that changes its TP or role: pause x what a GPU earns / expected dwell."""
+    flip_loss: Mapping[tuple[str, int], float] = field(default_factory=dict)
+    """By pool and TP: score lost per GPU that changes to it, or its role: pause x what a GPU earns / expected dwell."""
 
     def legal(self, counts: Counts) -> bool:
         """Budgets, nodes and blocks."""
@@ -147,19 +147,24 @@ class Problem:
             and all(n <= self.classes[c].nodes * self.classes[c].blocks.get(tp, 0) for (c, tp), n in blocks.items())
         )
 
-    def new_loss(self, pool: str, tp_size: int) -> float:
-        """Of one group that did not run before."""
-        return tp_size * self.flip_loss.get(pool, 0.0) + KEEP
+    def new_loss(self, pool: str, shape: Shape) -> float:
+        """Of one group, or split block, that did not run before."""
+        return shape[0] * self.flip_loss.get((pool, widest_of(shape)), 0.0) + KEEP
+
+    def widths(self, counts: Counts) -> dict[tuple[int, str, Shape], int]:
+        """Groups by class, pool and shape, whatever tiers they serve."""
+        found: dict[tuple[int, str, Shape], int] = {}
+        for (c, k), n in counts.items():
+            if n:
+                key = c, self.kinds[k].pool, self.kinds[k].shape
+                found[key] = found.get(key, 0) + n
+        return found
 
     def switch_loss(self, counts: Counts) -> float:
         """Of groups that are new on their class: GPUs x flip_loss, and KEEP for each."""
-        new: dict[tuple[int, str, Shape], int] = {}
-        for (c, k), n in counts.items():
-            key = c, self.kinds[k].pool, self.kinds[k].shape
-            new[key] = new.get(key, 0) + n
         if not self.runs:
             return 0.0
-        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2][0]) for key, n in new.items())
+        return sum(max(n - self.runs.get(key, 0), 0) * self.new_loss(key[1], key[2]) for key, n in self.widths(counts).items())
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
     model = snapshot.step_times[pool.name]
     marks = {t.name: mark(question.demand[t.name]) for t in tiers}
     runs = runs_of(tiers)
-    prompts = {n: (m.prompt, m.prompt_ratio) for n, m in marks.items()}
+    prompts = {n: (m.prompt, m.prompt_spread) for n, m in marks.items()}
     known = capacity.kinds(pool.name, (version(model), question.tps, tiers))
     numbers = {name: capacity.number(m) for name, m in marks.items()}
     lengths = [tuple([numbers[t] for t, _, _ in sharing]) for sharing in runs]
@@ -267,16 +267,17 @@ def counts_of(problem_kinds: tuple[Kind, ...], members: list[list[NodeView]], ru
     return counts
 
 
-def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float) -> float:
-    """Score lost per GPU that changes its TP: what a GPU earns now x pause / expected dwell."""
+def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float, dwell_s: float) -> dict[tuple[str, int], float]:
+    """Score lost per GPU that changes to a TP: what a GPU earns now x pause / expected dwell."""
     groups = [g for n in question.nodes for g in n.layout.groups if g.pool == question.pool.name]
     if not groups or not question.gpus:
-        return 0.0
+        return {}
     tokens = sum(n.resident_tokens.get(g.group_id, 0) for n in question.nodes for g in n.layout.groups if g.pool == question.pool.name)
     cost = snapshot.flip_costs[question.pool.name]
     widths = [g.tp_size for g in groups]
-    pause_ms = max(cost.pause_ms(tokens // len(groups), FlipMode.ABORT, max(set(widths), key=widths.count), tp) for tp in question.tps)
-    return pause_ms / 1e3 / snapshot.settings.dwell_s * score / question.gpus
+    usual, each = max(sorted(set(widths)), key=widths.count), tokens // len(groups)
+    lost = score / question.gpus / dwell_s
+    return {(question.pool.name, tp): cost.pause_ms(each, FlipMode.ABORT, usual, tp) / 1e3 * lost for tp in question.tps}
 
 
 def wants(question: PoolQuestion, surge_max: float = SURGES[-1][0]) -> list[Want]:

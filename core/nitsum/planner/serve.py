@@ -172,7 +172,7 @@ def serve(
         return Serving(tuple(placed), asked, value(asked, {}, "as it runs"))
     chosen = at_best(asked, value(asked, now, "as it serves"))
     if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
-        best = _best(asked)
+        best = _narrowed(asked, _best(asked))  # as it would serve
         parts = _short(asked, chosen) and _apart(asked, best) and not _apart(asked, chosen)
         earns_more = best.score > (APART if parts else 1.0) * chosen.score
         if earns_more if parts or anew else wins(asked, best, chosen, gain_min):

@@ -9,6 +9,7 @@
 4. Counts become GPUs with the least disturbance; which tiers each group serves is the fast plane's business (`serve`).
 """
 
+from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from nitsum.planner import exact, greedy
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.place import Placed, Running, Slot, place
-from nitsum.planner.problem import Answer, Counts, Problem, value, wins
+from nitsum.planner.problem import Answer, Counts, Kind, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
@@ -24,6 +25,8 @@ from nitsum.planner.words import crowded, describe, goodput, outlook, parts, pro
 from nitsum.pool import AdaptationMode
 
 STEADY = 0.4
+DWELL_MAX = 10
+"""Multiple of the expected dwell: a layout that has stood for longer than that says no more about the next one."""
 STALE = "no fresh demand report: the last safe layout stays"
 
 
@@ -43,14 +46,25 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
     return ""
 
 
+def stood(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
+    """Seconds since the pool's last flip; of one that never flipped nothing is known but that it is over."""
+    mine = {key[1] for key in q.running}
+    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
+    return now - max(flipped) if flipped else 2 * snapshot.settings.dwell_s
+
+
+def dwell(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
+    """Seconds that the next layout is expected to last: as long as the last one has, within bounds."""
+    least = snapshot.settings.dwell_s
+    return min(max(stood(q, snapshot, now), least), DWELL_MAX * least)
+
+
 def gain_asked(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
     """The least relative gain of a change: `gain_min` at first, STEADY of it where a layout has stood for twice the dwell that is expected
     after a flip, so that what is a little better for long does not stay out of reach."""
-    mine = {key[1] for key in q.running}
-    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
     settings = snapshot.settings
-    stood = min((now - max(flipped)) / (2 * settings.dwell_s), 1.0) if flipped and settings.dwell_s > 0 else 1.0
-    return settings.gain_min * (1 - (1 - STEADY) * stood)
+    steady = min(stood(q, snapshot, now) / (2 * settings.dwell_s), 1.0) if settings.dwell_s > 0 else 1.0
+    return settings.gain_min * (1 - (1 - STEADY) * steady)
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,7 @@ class SlowPlane:
         found = kinds(q, snapshot, self._capacity)
         placed = as_placed(q)
         ended = {u for key in q.had for u in key[2]} - {u for key in q.running for u in key[2]}
-        placed = fill([q], placed, used - ended, max(p.widest for p in placed))
+        placed = fill([q], placed, used - ended, found, max(p.widest for p in placed))
         used |= {g.uuid for p in placed for g in p.gpus}
         serving = self._flowing(serve(q, found, placed, settings.gain_min))
         reasons, would = [profile(q, snapshot), *_repaired(q, placed)], False
@@ -153,15 +167,16 @@ class SlowPlane:
     def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
         gain_min = min(gain_asked(q, snapshot, now) for q in moves)
         asked, members, _ = problem(moves, snapshot, self._capacity, barred)
-        runs = {q.pool.name: relabelled(as_placed(q), as_kinds(q, asked.kinds, as_placed(q), gain_min)) for q in moves}
+        usual = snapshot.settings.gain_min  # which tiers groups serve is the fast plane's: with its eyes, or labels go to and fro
+        runs = {q.pool.name: relabelled(as_placed(q), as_kinds(q, asked.kinds, as_placed(q), usual)) for q in moves}
         running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
         counts = counts_of(asked.kinds, members, running)
         current = self._at_best(asked, value(asked, counts, "as it runs"))
-        losses = {q.pool.name: flip_loss(q, snapshot, _score(asked, current, q.pool.name)) for q in moves if q.running}
-        asked = replace(asked, flip_loss=losses)
+        losses = [flip_loss(q, snapshot, _score(asked, current, q.pool.name), dwell(q, snapshot, now)) for q in moves]
+        asked = replace(asked, flip_loss=dict(ChainMap(*losses)))
         base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
         best = self._best(asked)
-        change = not counts or wins(asked, best, base, gain_min)
+        change = not counts or (asked.widths(best.counts) != asked.widths(base.counts) and wins(asked, best, base, gain_min))
         placed = _placed(asked, best.counts, members, running, barred) if change else None
         answer = best if placed is not None else base
         if placed is None:
@@ -169,11 +184,12 @@ class SlowPlane:
             kept = [p for ps in runs.values() for p in ps]
             added = {key: n for key, got in base.counts.items() if (n := got - counts.get(key, 0)) > 0}
             placed = kept + (_placed(asked, added, members, {}, barred | {g.uuid for p in kept for g in p.gpus}) or [])
-        placed = fill(moves, placed, set(barred))
+        placed = fill(moves, placed, set(barred), asked.kinds)
         decided = []
         for q in moves:
             mine = [p for p in placed if p.pool == q.pool.name]
-            serving = self._flowing(serve(q, asked.kinds, mine, gain_min, change, self._at_best))
+            labels = serve(q, asked.kinds, mine, gain_min, True, self._at_best) if change else serve(q, asked.kinds, mine, usual)
+            serving = self._flowing(labels)
             decided.append(
                 Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change, gain_min))
             )
@@ -247,14 +263,20 @@ def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], runni
     return found
 
 
-def fill(questions: list[PoolQuestion], placed: list[Placed], barred: set[str], widest: int = 1 << 30) -> list[Placed]:
-    """GPUs that nothing uses: the widest group that fits within the budget, for every tier (smallest where there is no SLO)."""
+def fill(
+    questions: list[PoolQuestion], placed: list[Placed], barred: set[str], found: tuple[Kind, ...], widest: int = 1 << 30
+) -> list[Placed]:
+    """GPUs that nothing uses: groups of the width at which a GPU serves most of the strictest tier (the smallest where there is no SLO),
+    within the budget, for every tier."""
     used = barred | {g.uuid for p in placed for g in p.gpus}
     result = list(placed)
     for q in questions:
         left = q.budget - sum(len(p.gpus) for p in result if p.pool == q.pool.name)
         tiers = tuple(t.name for t in q.slo_tiers)
-        for tp_size in sorted((t for t in q.tps if t <= widest), reverse=bool(tiers)):
+        each = {
+            k.tp_size: k.rates[0] / k.tp_size for k in found if k.pool == q.pool.name and k.tiers == tiers[:1] and tiers and k.split is None
+        }
+        for tp_size in sorted((t for t in q.tps if t <= widest), key=lambda t: (-each.get(t, 0.0), -t if tiers else t)):
             for n in q.nodes if tp_size <= left else ():
                 for block in n.node.blocks(tp_size):
                     if tp_size <= left and not used & {g.uuid for g in block}:

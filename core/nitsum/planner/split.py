@@ -50,6 +50,11 @@ def shape_of(gpus: int, split: Split | None) -> Shape:
     return (gpus,) if split is None else (gpus, *split)
 
 
+def widest_of(shape: Shape) -> int:
+    """TP of the widest group in it."""
+    return shape[0] if len(shape) == 1 else max(shape[2], shape[4])
+
+
 @lru_cache(maxsize=64)
 def divisions(size: int, tps: tuple[int, ...]) -> tuple[Split, ...]:
     """All ways to divide a block of `size` GPUs between groups of these TPs."""

@@ -36,9 +36,9 @@ class Foresight:
                     0.0,
                     math.sqrt(float(counts.var()) / rate),
                     float(p.mean()),
-                    float(np.quantile(p, 0.9)),
+                    float(p.std() / p.mean()),
                     float(o.mean()),
-                    float(np.quantile(o, 0.9)),
+                    float(o.std() / o.mean()),
                     observed_at=now,
                 )
             )

@@ -12,6 +12,7 @@ a sequence that joined at `base` has made `steps - base` tokens. Cost grows with
 import heapq
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -105,6 +106,11 @@ class Engine:
     def resident_at(self, now: float) -> int:
         """KV tokens of what runs, those of a decode run that is under way among them."""
         return self.resident_tokens + self._made_since(now) * len(self.running)
+
+    def made_at(self, now: float) -> Iterator[tuple[int, int]]:
+        """Of each that runs: its rid, and the tokens that it has made."""
+        steps = self.steps + self._made_since(now)
+        return ((rid, steps - seq.base) for rid, seq in self.running.items())
 
     def _made_since(self, now: float) -> int:
         """Whole steps of the decode run that have ended; one that is due now ends by `advance`."""

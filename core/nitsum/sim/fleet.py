@@ -39,6 +39,8 @@ QUEUE_S = 60.0
 """As the engine host's: how long a request waits in a group's queue."""
 VIEW_S = 1.0
 DRAIN_S = 600.0
+COUNTED_MAX = 4096
+"""Streams of a fleet whose tokens are counted each second."""
 """After the last arrival: what has not ended by then counts as failed."""
 
 
@@ -319,10 +321,21 @@ class Fleet:
 
     # Layouts
 
+    def _count_running(self) -> None:
+        """What each stream has made by now, as gateways know; of very many, one in so many stands for all."""
+        of = 1 + sum(len(g.lives) for g in self._all()) // COUNTED_MAX
+        for g in self._all():
+            for rid, made in g.engine.made_at(self.now):
+                if rid % of == 0 and made > 0:
+                    live = g.lives[str(rid)]
+                    self.gateways[live.gateway].runs(live.request.tier, made, of)
+
     def _cycle(self, seconds: float) -> None:
         """What the operator does each second: reports in, plan out."""
         policy = self.policy
         assert self.planner is not None
+        if seconds and self.foresight is None:
+            self._count_running()
         for gateway in self.gateways:
             for w in gateway.windows(self.now, seconds) if seconds else ():
                 self.estimator.observe(w)

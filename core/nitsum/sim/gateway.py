@@ -1,14 +1,12 @@
 """A simulated gateway: its own view of the groups, up to a second old, and its own windows of demand, as the real one reports them."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from nitsum.demand_estimate import GAMMA, Window
+from nitsum.demand_estimate import Window
+from nitsum.length_sketch import bucket
 from nitsum.routing import Routes
 from nitsum.sim.group import SimGroup
-
-LOG_GAMMA = math.log(GAMMA)
 
 
 @dataclass
@@ -17,7 +15,7 @@ class _Lengths:
     total: int = 0
 
     def add(self, tokens: int) -> None:
-        self.buckets[math.ceil(math.log(tokens) / LOG_GAMMA)] += 1
+        self.buckets[bucket(tokens)] += 1
         self.total += tokens
 
 
@@ -38,6 +36,7 @@ class Gateway:
         """Of the round robin that `plain` does."""
         self._seen = {t: _Tier() for t in tiers}
         self.in_flight: Counter[str] = Counter()
+        self._running: dict[str, Counter[int]] = {}
 
     def refresh(self) -> None:
         for g in sorted(self.stale, key=lambda g: (not g.closing, g.key)):  # a key's next group comes after the one that ended
@@ -59,6 +58,10 @@ class Gateway:
             self._seen[tier].output.add(output)
         self.in_flight[tier] -= 1
 
+    def runs(self, tier: str, tokens: int, weight: int) -> None:
+        """A stream that has come to so many tokens when the window ends; it stands for `weight` of them."""
+        self._running.setdefault(tier, Counter())[bucket(tokens)] += weight
+
     def windows(self, now: float, seconds: float) -> list[Window]:
         """Ends the window."""
         found = [
@@ -72,9 +75,10 @@ class Gateway:
                 self.in_flight[tier],
                 (t.prompt.buckets, 0, float(t.prompt.total)),
                 (t.output.buckets, 0, float(t.output.total)),
+                self._running.get(tier, Counter()),
                 self.name,
             )
             for tier, t in self._seen.items()
         ]
-        self._seen = {t: _Tier() for t in self.tiers}
+        self._seen, self._running = {t: _Tier() for t in self.tiers}, {}
         return found

@@ -293,6 +293,7 @@ class TierDemand(_message.Message):
     MOVES_FIELD_NUMBER: _builtins.int
     TTFT_MS_FIELD_NUMBER: _builtins.int
     TPOT_MS_FIELD_NUMBER: _builtins.int
+    RUNNING_TOKENS_FIELD_NUMBER: _builtins.int
     tier: _builtins.str
     arrivals: _builtins.int
     arrivals_squared: _builtins.float
@@ -318,6 +319,10 @@ class TierDemand(_message.Message):
     def ttft_ms(self) -> _types_pb2.LengthSketch: ...
     @_builtins.property
     def tpot_ms(self) -> _types_pb2.LengthSketch: ...
+    @_builtins.property
+    def running_tokens(self) -> _types_pb2.LengthSketch:
+        """Tokens that the running streams have made by the window's end: long outputs end last."""
+
     def __init__(
         self,
         *,
@@ -337,10 +342,11 @@ class TierDemand(_message.Message):
         moves: _builtins.int = ...,
         ttft_ms: _types_pb2.LengthSketch | None = ...,
         tpot_ms: _types_pb2.LengthSketch | None = ...,
+        running_tokens: _types_pb2.LengthSketch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens", "pool", b"pool", "prompt_tokens", b"prompt_tokens", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["output_tokens", b"output_tokens", "pool", b"pool", "prompt_tokens", b"prompt_tokens", "running_tokens", b"running_tokens", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrivals", b"arrivals", "arrivals_squared", b"arrivals_squared", "failed", b"failed", "finished", b"finished", "in_flight", b"in_flight", "met_all", b"met_all", "met_tpot", b"met_tpot", "met_ttft", b"met_ttft", "moves", b"moves", "output_tokens", b"output_tokens", "pool", b"pool", "prompt_tokens", b"prompt_tokens", "refused", b"refused", "tier", b"tier", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrivals", b"arrivals", "arrivals_squared", b"arrivals_squared", "failed", b"failed", "finished", b"finished", "in_flight", b"in_flight", "met_all", b"met_all", "met_tpot", b"met_tpot", "met_ttft", b"met_ttft", "moves", b"moves", "output_tokens", b"output_tokens", "pool", b"pool", "prompt_tokens", b"prompt_tokens", "refused", b"refused", "running_tokens", b"running_tokens", "tier", b"tier", "tpot_ms", b"tpot_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
