@@ -13,8 +13,10 @@ from nitsum.planner import NodeView, Plan, Snapshot, Verdict
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.planes import Planes
-from nitsum.planner.question import ask, kinds
+from nitsum.planner.problem import Kind
+from nitsum.planner.question import ask
 from nitsum.planner.slow import SlowPlane, fill
+from nitsum.planner.split import Split
 from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node
 
@@ -225,12 +227,11 @@ def test_what_a_lost_gpu_leaves_of_a_block_does_both_or_ends() -> None:
 
 def test_idle_gpus_take_the_width_of_mixed_groups_whatever_blocks_are_known() -> None:
     p = pool()
-    taken = snapshot((p,), fleet(8), chat=50.0)
-    q = ask(p, taken)
-    found = kinds(q, taken, capacity)
-    whole = tuple(k for k in found if k.split is None)
-    assert len(whole) < len(found)
-    assert fill([q], [], set(), found) == fill([q], [], set(), whole)
+    q = ask(p, snapshot((p,), fleet(8), chat=50.0))
+    rates = {1: 1.0, 2: 8.0, 4: 4.0, 8: 2.0}
+    mixed = tuple(Kind(p.name, tp, ("chat",), (rate,), ("TPOT",), (8,)) for tp, rate in rates.items())
+    block = Kind(p.name, 4, ("chat",), (99.0,), ("TPOT",), (8,), split=Split(2, 1, 1, 2))
+    assert {len(x.gpus) for x in fill([q], [], set(), (*mixed, block))} == {2}
 
 
 def test_a_smaller_budget_breaks_no_block_into_halves() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nitsum.attainment import MARGIN, Goal, Group, Lengths, Safe, safe
 from nitsum.demand import TierDemand
-from nitsum.governor import CHUNK_MIN, prefill_budget, sizes, streams_max
+from nitsum.governor import CHUNK_MIN, LUMP, prefill_budget, sizes, streams_max
 from nitsum.layout import Role
 from nitsum.perf import StepTimeModel
 from nitsum.planner import handover
@@ -175,12 +175,13 @@ class Capacity:
     def decode_size(
         self, model: StepTimeModel, tp_size: int, prompt: float, output: float, tpot_ms: float, resident: tuple[int, ...]
     ) -> tuple[int, int]:
-        """As `size`, of a group that only decodes: prefill beside it is for what comes without its KV."""
+        """As `size`, of a group that only decodes. Prefill beside it is for what comes without its KV, as after a flip: then steps may last
+        LUMP times as long, or all that comes waits behind those few."""
         prompt, output = rounded(prompt, STEP), rounded(output, STEP)
         key = version(model), tp_size, prompt, output, tpot_ms, resident, Role.DECODE
         if key not in self._sizes:
             most = streams_max(model, tp_size, prompt, output, tpot_ms, self.kv_tokens(model, tp_size, resident))
-            chunk = prefill_budget(model, tp_size, most, max(int(prompt + output / 2), 1), tpot_ms)
+            chunk = prefill_budget(model, tp_size, most, max(int(prompt + output / 2), 1), LUMP * tpot_ms)
             self._sizes[key] = most, max(chunk, CHUNK_MIN)
             if len(self._sizes) > REMEMBERED_MAX:
                 self._sizes.popitem(last=False)
