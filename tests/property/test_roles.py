@@ -13,7 +13,8 @@ from nitsum.planner import NodeView, Plan, Snapshot, Verdict
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.planes import Planes
-from nitsum.planner.slow import SlowPlane
+from nitsum.planner.question import ask, kinds
+from nitsum.planner.slow import SlowPlane, fill
 from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node
 
@@ -220,6 +221,16 @@ def test_what_a_lost_gpu_leaves_of_a_block_does_both_or_ends() -> None:
                 assert paired(plan), (mode, lost, planner)
                 assert plan.nodes[0].layout.groups
                 assert {u for g in plan.nodes[0].layout.groups for u in g.gpu_uuids} <= here
+
+
+def test_idle_gpus_take_the_width_of_mixed_groups_whatever_blocks_are_known() -> None:
+    p = pool()
+    taken = snapshot((p,), fleet(8), chat=50.0)
+    q = ask(p, taken)
+    found = kinds(q, taken, capacity)
+    whole = tuple(k for k in found if k.split is None)
+    assert len(whole) < len(found)
+    assert fill([q], [], set(), found) == fill([q], [], set(), whole)
 
 
 def test_a_smaller_budget_breaks_no_block_into_halves() -> None:

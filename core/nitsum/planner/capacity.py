@@ -124,7 +124,7 @@ class Capacity:
         `load_ms`: of a mean prompt's KV, into a group that only decodes.
         """
         rest = version(model), tp_size, goal, resident, partly, role
-        key, last = (*rest, guest, m, crowd), (*rest, tier)
+        key, last = (*rest, guest, m, crowd, load_ms), (*rest, tier)
         if (found := self._known.get(key)) is not None:
             if self.left is not None:
                 self._latest[last] = m, guest, found
@@ -152,7 +152,7 @@ class Capacity:
         return found
 
     def _engine(self, model: StepTimeModel, tp_size: int, m: Mark, resident: tuple[int, ...], role: Role, load_ms: float) -> Group:
-        key = version(model), tp_size, m.prompt, m.prompt_spread, m.output, m.output_spread, resident, role
+        key = version(model), tp_size, m.prompt, m.prompt_spread, m.output, m.output_spread, resident, role, load_ms
         if (found := self._engines.get(key)) is None:
             prompt, output = lengths(m.prompt, m.prompt_spread), lengths(m.output, m.output_spread)
             if role is Role.MIXED:

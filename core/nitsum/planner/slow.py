@@ -273,7 +273,9 @@ def fill(
     for q in questions:
         left = q.budget - sum(len(p.gpus) for p in result if p.pool == q.pool.name)
         tiers = tuple(t.name for t in q.slo_tiers)
-        each = {k.tp_size: k.rates[0] / k.tp_size for k in found if k.pool == q.pool.name and k.tiers == tiers[:1] and tiers}
+        each = {
+            k.tp_size: k.rates[0] / k.tp_size for k in found if k.pool == q.pool.name and k.tiers == tiers[:1] and tiers and k.split is None
+        }
         for tp_size in sorted((t for t in q.tps if t <= widest), key=lambda t: (-each.get(t, 0.0), -t if tiers else t)):
             for n in q.nodes if tp_size <= left else ():
                 for block in n.node.blocks(tp_size):
