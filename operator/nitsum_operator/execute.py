@@ -121,6 +121,7 @@ class Sent:
 @dataclass
 class Executor:
     sent: dict[str, Sent] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
     stale_term: int = 0
     """Highest term that an agent answered STALE_TERM with."""
     illegal: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -142,7 +143,8 @@ class Executor:
         last, mark = self.sent.get(agent.agent_id), digest(node, pools)
         applied = agent.report.applied_operation_id
         if applied.partition(".")[0] == mark:
-            recent = last is not None and time.monotonic() - last.at < REFRESH_S
+            # A new leader has seen little of demand: what it would limit otherwise is no news yet.
+            recent = time.monotonic() - (last.at if last is not None else self.began) < REFRESH_S
             return not recent and drifted(layout_of(agent.report), node.layout)
         if not applied and not node.residency.engines and last is None:
             return False

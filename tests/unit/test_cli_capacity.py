@@ -34,7 +34,7 @@ def capacity(folder: Path, rate: float = 20, tpot: str = "15ms", fleet: str = "1
 
 
 def test_more_demand_needs_more_gpus_and_looser_targets_never_do(tmp_path: Path) -> None:
-    code, said, out = capacity(tmp_path)
+    code, said, out = capacity(tmp_path, rate=40)
     assert code == 0, said
     figures = json.loads(out.read_text())
     assert f"needs {figures['gpus']} GPUs" in said
@@ -52,7 +52,7 @@ def test_more_demand_needs_more_gpus_and_looser_targets_never_do(tmp_path: Path)
         assert known == sorted(known, reverse=True)
     strict = rows["chat", "tpot_ms"]
     assert strict[0] is None or strict[0] > figures["gpus"], "half of 15 ms costs GPUs"
-    assert json.loads(capacity(tmp_path, rate=80)[2].read_text())["gpus"] > 2 * figures["gpus"]
+    assert json.loads(capacity(tmp_path, rate=160)[2].read_text())["gpus"] > 2 * figures["gpus"]
 
 
 def test_the_budget_of_the_pool_is_not_looked_at(tmp_path: Path) -> None:

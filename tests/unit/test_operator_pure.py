@@ -27,7 +27,7 @@ from nitsum_api.security import Identity
 from nitsum_api.types.v1 import types_pb2
 from nitsum_operator import settings
 from nitsum_operator.accept import Judgement, judge
-from nitsum_operator.drift import drifted
+from nitsum_operator.drift import REFRESH_S, drifted
 from nitsum_operator.execute import Executor, digest, directive, group_proto, named
 from nitsum_operator.figures import Figures
 from nitsum_operator.fleet import Fleet
@@ -649,3 +649,19 @@ def test_every_documented_reason_is_given_by_the_operator() -> None:
     literal = "".join(p.read_text() for p in (ROOT / "proto/nitsum_api/resources.py", ROOT / "core/nitsum/errors.py"))
     unused = [r for r in Reason if f"Reason.{r.name}" not in code and f'"{r.value}"' not in code + literal]
     assert not unused
+
+
+def test_a_new_leader_does_not_send_limits_of_what_it_has_hardly_seen() -> None:
+    accepted = {"a/p": judged([pool("p", "2026-01-01T00:00:00Z")])["a/p"].accepted}
+    found, fleet = link("n1", "n1", "g0", "g1"), Fleet()
+    fleet.observe([found], Store())
+    wanted = decide(snapshot(fleet.agents, accepted, (), {}, {}, PlannerSettings()), 0.0).nodes[0]
+    assert wanted.layout.groups
+    found.report.applied_operation_id = f"{digest(wanted, accepted)}.1"
+    runs = [replace(g, capacity=Capacity(g.capacity.max_running * 2 + 9)) for g in wanted.layout.groups]
+    found.report.groups.extend(agent_pb2.GroupReport(group=group_proto(g, "u"), state=types_pb2.GROUP_STATE_OPEN) for g in runs)
+    fleet.observe([found], Store())
+    executor = Executor()
+    assert not executor.wanted(fleet.agents["n1"], wanted, accepted)
+    executor.began -= REFRESH_S
+    assert executor.wanted(fleet.agents["n1"], wanted, accepted)

@@ -22,6 +22,10 @@ PRIOR_RATE = 0.05
 """requests/s assumed of a tier nobody has asked for yet: enough to tell a layout that could serve it from one that could not."""
 
 
+ALONE = 2
+"""Times the groups that its own work would fill: among more a tier's arrivals are hardly spread, whoever shares them."""
+
+
 @dataclass(frozen=True)
 class PoolQuestion:
     """What does not change between answers for one pool."""
@@ -181,16 +185,18 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
     for tp_size in question.tps if tps is None else tps:
         works = {t.name: work(question.demand[t.name], model, tp_size) for t in tiers}
         whole, groups = sum(works.values()), question.budget // tp_size
+        alone = {t: ALONE * crowd_of(groups, part / whole) for t, part in works.items()}
         for sharing, length in zip(runs, lengths, strict=True):
             crowd = crowd_of(groups, sum([works[t] for t, _, _ in sharing]) / whole)
-            key = tp_size, crowd, sharing[0][0], length
+            crowds = tuple([min(crowd, alone[t]) for t, _, _ in sharing])
+            key = tp_size, crowds, sharing[0][0], length
             if (before := known.get(key)) is not None and (before[1] or capacity.left == 0):
                 found.append(before[0])
                 continue
             capacity.guessed = False
             safe = [
-                capacity.of(model, tp_size, whose, marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, crowd)
-                for t, goal, guest in sharing
+                capacity.of(model, tp_size, whose, marks[t], goal, question.tps, prompts.get(guest), len(sharing) == 1, among)
+                for (t, goal, guest), among in zip(sharing, crowds, strict=True)
                 for whose in [f"{pool.name}/{t}/{guest}"]
             ]
             kind = None
