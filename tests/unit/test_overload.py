@@ -92,14 +92,7 @@ def test_what_is_asked_of_a_change_falls_with_the_time_that_a_layout_has_stood()
 
 @pytest.mark.parametrize(
     ("rate", "ttft_ms", "running", "queue"),
-    [
-        (40.0, 500.0, 30, 9),
-        (0.9, 5000.0, 2, 16),
-        (0.8, 5000.0, 2, 16),
-        (0.6, 30_000.0, 2, 16),
-        (0.9, 100_000.0, 30, 40),
-        (5.0, None, 4, 24),
-    ],
+    [(40.0, 500.0, 30, 9), (0.9, 5000.0, 2, 16), (0.1, 500.0, 2, 16), (2.0, 500.0, 8, 8), (5.0, 500.0, 14, 3), (5.0, None, 4, 24)],
 )
 def test_a_slow_group_does_not_refuse_the_third_in_its_queue(rate: float, ttft_ms: float | None, running: int, queue: int) -> None:
     """A queue of 2 and one of 16 were a hundredth of a request/s apart."""

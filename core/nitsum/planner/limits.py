@@ -160,11 +160,10 @@ class Block:
 def queue(rate: float, ttft_ms: float | None, running: int) -> int:
     """As many as are started within the tightest TTFT: who waits longer misses it, and makes all behind him miss it too.
 
-    Groups so slow that this is hardly one keep a queue by what runs: there is little to protect. Below SLOW_RPS that queue is short, and a
-    few that wait are no overload yet.
+    Slow groups keep a few all the same, as many as they start in QUEUE_SLOW / SLOW_RPS seconds or fewer: that is no overload yet.
     """
-    within = PATIENCE * rate * ttft_ms / 1e3 if ttft_ms is not None else 0.0
     by_running = running * QUEUE_PER_RUNNING + 8
-    if within < 2:
+    if ttft_ms is None or not rate:
         return by_running
-    return max(round(within), min(by_running, QUEUE_SLOW)) if rate < SLOW_RPS else round(within)
+    few = min(round(QUEUE_SLOW * SLOW_RPS / max(rate, SLOW_RPS)), by_running)
+    return max(round(PATIENCE * rate * ttft_ms / 1e3), few, 1)

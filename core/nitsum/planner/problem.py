@@ -15,7 +15,8 @@ from functools import cached_property
 from nitsum.planner.split import Shape, Split, shape_of, widest_of
 
 SURGES = ((1.1, 2.0), (2.0, 1e-2), (4.0, 3e-3), (1e4, 1e-4))
-"""(multiple of the demand up to which the piece goes, worth of a request/s in it)."""
+"""(multiple of the demand up to which the piece goes, worth of a request/s in it). The first: at its safe rate a group holds the share that
+is asked for, with a little slack nearly all."""
 REACH, REST = 11.0, 1.0
 """Worth of a request/s up to the target, and from there up to the demand."""
 KEEP = 1e-3
