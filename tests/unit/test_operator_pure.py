@@ -14,6 +14,7 @@ from cryptography import x509
 import nitsum_operator
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Capacity, Group, Layout, Role, TierShare
+from nitsum.length_sketch import GAMMA
 from nitsum.perf.profile import shipped
 from nitsum.planner.planes import Planes
 from nitsum.planner.types import NodePlan, Plan, PlannerSettings, PoolPlan, TierOutlook, Verdict
@@ -37,7 +38,7 @@ from nitsum_operator.issuer import due, gateway_names
 from nitsum_operator.leader import next_term
 from nitsum_operator.links import Endpoint, Link, Links, endpoints
 from nitsum_operator.nodes import node_status
-from nitsum_operator.observe import Agent, group_from
+from nitsum_operator.observe import Agent, group_from, windows
 from nitsum_operator.plan import decide, snapshot
 from nitsum_operator.remember import lost_agent, spec_in_force
 from nitsum_operator.routes import routes
@@ -164,6 +165,32 @@ def test_settings_name_the_wrong_key() -> None:
     assert settings.parse({"planner": {"cooldownSeconds": 2}}).planner.cooldown_s == 2.0
     with pytest.raises(InvalidSpec, match=r"planner\.cooldown"):
         settings.parse({"planner": {"cooldown": 2}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 0) for key in ("dwellSeconds", "staleAfterSeconds", "headroomQuantile", "flipsAtOnceMax")),
+        *(("headroomQuantile", value) for value in (1, 1.5)),
+        *(("flipsAtOnceMax", value) for value in (0.5, 1.5)),
+        ("gainMin", -1),
+        ("cooldownSeconds", float("nan")),
+        ("dwellSeconds", float("inf")),
+    ],
+)
+def test_settings_refuse_what_no_plan_can_be_made_with(key: str, value: float) -> None:
+    """As the chart does, whose schema a file written by hand does not pass."""
+    with pytest.raises(InvalidSpec, match=rf"planner\.{key}"):
+        settings.parse({"planner": {key: value}})
+
+
+def test_sketches_of_another_gamma_are_told_in_ours() -> None:
+    theirs = types_pb2.LengthSketch(gamma=1.1, buckets={50: 4}, sum=4 * 1.1**50)
+    row = gateway_pb2.TierDemand(tier="chat", output_tokens=theirs, running_tokens=theirs)
+    (window,) = windows(gateway_pb2.DemandReport(window_s=1.0, tiers=[row]))
+    (at,) = window.output[0]
+    assert GAMMA**at == pytest.approx(1.1**50, rel=0.02)
+    assert window.running == window.output[0] == {at: 4}
 
 
 def test_small_drift_of_limits_is_no_directive() -> None:
