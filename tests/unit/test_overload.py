@@ -8,7 +8,7 @@ from nitsum.demand import TierDemand
 from nitsum.layout import Group, Layout, TierShare
 from nitsum.perf.memory import worth_residing
 from nitsum.perf.profile import Profile, load_shipped
-from nitsum.planner import NodeView, PlannerSettings, Snapshot, limits
+from nitsum.planner import NodeView, PlannerSettings, Snapshot, Verdict, limits
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.problem import Class, Kind, Problem, Want, value
@@ -88,6 +88,20 @@ def test_what_is_asked_of_a_change_falls_with_the_time_that_a_layout_has_stood()
     assert asked(100.0, 100.0) == pytest.approx(0.05)
     assert 0.02 < asked(100.0, 130.0) < 0.05
     assert asked(100.0, 160.0) == asked(None, 0.0) == pytest.approx(0.02)
+
+
+def test_a_reason_says_how_long_the_plan_counts_on_its_layout() -> None:
+    """As long as the last one has stood; and no dwell at all is no division by zero."""
+    demand = (TierDemand("default/p", "strict", 400.0, 1.0, 1.0, 500, 0.8, 100, 0.8, observed_at=200.0),)
+    for dwell_s, flipped, said in (
+        (30.0, 120.0, "expected to last 80 s"),
+        (30.0, 199.0 - 5, "30 s"),
+        (0.0, 120.0, "expected to last 10 s"),
+    ):
+        s = snapshot((STRICT,), demand, replace(running(8), last_flip_at=flipped))
+        plan = SlowPlane(governed=True)(replace(s, settings=replace(s.settings, dwell_s=dwell_s)), 200.0).pools[0]
+        assert plan.verdict is Verdict.CHANGE, plan.reasons
+        assert said in plan.reasons[-1]
 
 
 @pytest.mark.parametrize(

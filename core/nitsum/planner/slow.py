@@ -27,6 +27,8 @@ from nitsum.pool import AdaptationMode
 STEADY = 0.4
 DWELL_MAX = 10
 """Multiple of the expected dwell: a layout that has stood for longer than that says no more about the next one."""
+DWELL_MIN = 1.0
+"""Seconds; whatever is set, a pause is weighed against some time."""
 STALE = "no fresh demand report: the last safe layout stays"
 
 
@@ -55,7 +57,7 @@ def stood(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
 
 def dwell(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
     """Seconds that the next layout is expected to last: as long as the last one has, within bounds."""
-    least = snapshot.settings.dwell_s
+    least = max(snapshot.settings.dwell_s, DWELL_MIN)
     return min(max(stood(q, snapshot, now), least), DWELL_MAX * least)
 
 
@@ -190,9 +192,8 @@ class SlowPlane:
             mine = [p for p in placed if p.pool == q.pool.name]
             labels = serve(q, asked.kinds, mine, gain_min, True, self._at_best) if change else serve(q, asked.kinds, mine, usual)
             serving = self._flowing(labels)
-            decided.append(
-                Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change, gain_min))
-            )
+            answers, lasts = (current, base, best, answer), dwell(q, snapshot, now)
+            decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, answers, change, gain_min, lasts)))
         return decided
 
 
@@ -211,10 +212,11 @@ def _plan(
     answers: tuple[Answer, Answer, Answer, Answer],
     change: bool,
     gain_min: float,
+    lasts: float,
 ) -> PoolPlan:
-    """Reasons of a pool that could change."""
+    """Reasons of a pool that could change. `lasts`: seconds that the plan counts on for its layout."""
     current, base, best, answer = answers
-    settings, name = snapshot.settings, q.pool.name
+    name = q.pool.name
     if not serving.placed and not q.had:
         return PoolPlan(name, 0, 0.0, (), (crowded(q, snapshot),), verdict=Verdict.BLOCKED)
     was, will = describe(parts(q.running)), told(serving.placed)
@@ -234,9 +236,7 @@ def _plan(
         reasons.append(f"its GPUs changed: {was} -> {will}")
     else:
         worth = "" if after > before else f", but {base.score:.2f} -> {best.score:.2f} by target and weight"
-        reasons.append(
-            f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s{worth}, expected to last {settings.dwell_s:g} s"
-        )
+        reasons.append(f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s{worth}, expected to last {lasts:.0f} s")
     rejected = []
     if change and q.running:
         rejected.append(f"{was} as it runs: expected goodput {before:.2f} requests/s, score {base.score:.2f} against {best.score:.2f}")
