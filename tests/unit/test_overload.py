@@ -100,7 +100,7 @@ def test_what_an_active_pool_would_not_do_an_advisory_one_does_not_say_that_it_w
     for mode in AdaptationMode:
         s = snapshot((STRICT, LONG), demand, view)
         plan = slow(replace(s, pools=(replace(s.pools[0], mode=mode),)), 0.0).pools[0]
-        assert (plan.verdict, plan.would_change) == (Verdict.KEEP, False), (mode, plan.reasons)
+        assert (plan.verdict, plan.would_change, plan.rejected) == (Verdict.KEEP, False, ()), (mode, plan.reasons)
     many = snapshot((STRICT,), (TierDemand("default/p", "strict", 400.0, 1.0, 1.0, 500, 0.8, 100, 0.8, observed_at=0.0),), running(8))
     plan = slow(replace(many, pools=(replace(many.pools[0], mode=AdaptationMode.ADVISORY),)), 0.0).pools[0]
     assert (plan.verdict, plan.would_change) == (Verdict.KEEP, True), plan.reasons

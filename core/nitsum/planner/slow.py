@@ -262,7 +262,9 @@ def _plan(
     rejected = []
     if change and q.running:
         rejected.append(f"{was} as it runs: expected goodput {before:.2f} requests/s, score {base.score:.2f} against {best.score:.2f}")
-    if not change and best.counts != base.counts:
+    stands = asked.widths(base.counts)
+    # Fewer groups, or other labels, would switch nothing.
+    if not change and any(n > stands.get(key, 0) for key, n in asked.widths(best.counts).items() if key[1] == name):
         rejected.append(f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, best):.2f} requests/s, not worth the switch")
     verdict = Verdict.KEEP if {p.key for p in serving.placed} == set(q.had) else Verdict.CHANGE
     gpus = sum(len(p.gpus) for p in serving.placed)
