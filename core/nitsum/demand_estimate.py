@@ -59,6 +59,9 @@ class DemandEstimator:
         t.at = max(t.at, w.end)
         t.seconds = {g: s * factor for g, s in t.seconds.items() if s * factor > 1e-3}
         t.arrivals, t.squared = ({g: n * factor for g, n in of.items() if g in t.seconds} for of in (t.arrivals, t.squared))
+        t.in_flight = {g: n for g, n in t.in_flight.items() if g in t.seconds}
+        t.running = {g: n for g, n in t.running.items() if g in t.seconds}
+        t.usual = {g: n for g, n in t.usual.items() if g in t.seconds}
         for of, new in ((t.seconds, w.seconds), (t.arrivals, float(w.arrivals)), (t.squared, w.arrivals_squared)):
             of[w.gateway] = of.get(w.gateway, 0.0) + new
         t.in_flight[w.gateway] = w.in_flight
@@ -66,13 +69,10 @@ class DemandEstimator:
             sketch.decay(factor**LENGTHS)
             sketch.merge(buckets, zeros, total)
         runs, slow = float(sum(w.running.values())), 0.5 ** (w.seconds * LENGTHS / self.half_life_s)
-        # What ran when a gateway's first report began is usual, or a new leader would take long lives that it met halfway for new streams.
+        # What ran when a gateway's first report began is usual: a new leader would take long lives that it meets halfway for new streams.
         usual = t.usual.get(w.gateway, max(runs - w.arrivals, 0.0))
         t.usual[w.gateway] = usual * slow + runs * (1 - slow)
         t.running[w.gateway] = w.running
-        t.in_flight = {g: n for g, n in t.in_flight.items() if g in t.seconds}
-        t.running = {g: n for g, n in t.running.items() if g in t.seconds}
-        t.usual = {g: n for g, n in t.usual.items() if g in t.seconds}
 
     def freeze(self, pool: str, now: float, tiers: Collection[str]) -> None:
         """`tiers`: those that flip now, whose queueing must not look like demand. The pool's others thaw."""

@@ -101,6 +101,16 @@ def test_a_new_leader_does_not_take_lives_that_it_meets_halfway_for_new_streams(
             assert e.estimate(s)[0].output_tokens_mean == pytest.approx(300, rel=0.35), "five times as many where all count as unseen"
 
 
+def test_a_gateway_that_is_heard_again_after_long_is_as_new() -> None:
+    """What ran when it was last heard is not what is usual now: its streams of today are met halfway."""
+    e = DemandEstimator(10)
+    for at in (1.0, 2.0, 3600.0, 3601.0):
+        running = {bucket(500): 40 if at > 3000 else 1}
+        e.observe(Window("p", "t", at, 1.0, 2, 4.0, output=({bucket(1000): 2}, 0, 2000.0), running=running, gateway="g"))
+    (tier,) = e._tiers.values()
+    assert tier.usual["g"] == pytest.approx(38, abs=1)
+
+
 def test_a_quiet_tier_knows_its_lengths_when_a_stream_comes_after_hours() -> None:
     e = DemandEstimator(10)
     ended = {bucket(n): 1 for n in range(200, 400, 10)}
