@@ -40,6 +40,7 @@ from nitsum_operator.links import Endpoint, Link, Links, endpoints
 from nitsum_operator.nodes import node_status
 from nitsum_operator.observe import Agent, group_from, windows
 from nitsum_operator.plan import decide, snapshot
+from nitsum_operator.reconcile import Reconciler
 from nitsum_operator.remember import lost_agent, spec_in_force
 from nitsum_operator.routes import routes
 from nitsum_operator.standing import Standing
@@ -692,3 +693,23 @@ def test_a_new_leader_does_not_send_limits_of_what_it_has_hardly_seen() -> None:
     assert not executor.wanted(fleet.agents["n1"], wanted, accepted)
     executor.began -= REFRESH_S
     assert executor.wanted(fleet.agents["n1"], wanted, accepted)
+    executor.leads()
+    assert not executor.wanted(fleet.agents["n1"], wanted, accepted), "nor does one that has waited for long to lead"
+
+
+async def test_a_term_begins_when_the_lease_is_held_not_with_the_process() -> None:
+    waits = Reconciler.__new__(Reconciler)
+    waits._executor, waits._listed_at, waits._held_at = Executor(began=time.monotonic() - 3600), 1.0, 0.0
+    waits._links = waits._store = SimpleNamespace(highest_term=0)  # type: ignore[assignment]
+    waits._delivery = SimpleNamespace(stale_term=0)  # type: ignore[assignment]
+    waits._leader = SimpleNamespace(term=0, hold=lambda seen: None)  # type: ignore[assignment]
+
+    async def listed() -> None:
+        pass
+
+    waits._list = listed  # type: ignore[method-assign]
+    assert not await waits._lead()
+    assert time.monotonic() - waits._executor.began > REFRESH_S
+    waits._leader.hold = lambda seen: setattr(waits._leader, "term", 7)  # type: ignore[method-assign]
+    assert await waits._lead()
+    assert time.monotonic() - waits._executor.began < REFRESH_S
