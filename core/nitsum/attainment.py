@@ -75,16 +75,6 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Arrivals:
-    """`dispersion`: variance of counts over their mean; 1: Poisson."""
-
-    rate: float
-    prompt: Lengths
-    output: Lengths
-    dispersion: float = 1.0
-
-
-@dataclass(frozen=True)
 class Goal:
     """`share` of the requests must meet both. None: no such target. `guest_ttft_ms`: of the tier that shares the group (`Group.guest`)."""
 
@@ -171,7 +161,7 @@ class Group:
     prompt: Lengths
     output: Lengths
     dispersion: float = 1.0
-    """Of all that comes to the groups that share it."""
+    """Variance of counts over their mean, 1: Poisson; of all that comes to the groups that share it."""
     governed: bool = False
     guest: Lengths | None = None
     """Prompts of a stricter tier in the same group, which wait behind these."""

@@ -22,9 +22,9 @@ class Window:
     arrivals: int
     arrivals_squared: float = 0.0
     in_flight: int = 0
-    prompt: tuple[dict[int, int], int, float] = ({}, 0, 0.0)
+    prompt: tuple[Mapping[int, float], int, float] = ({}, 0, 0.0)
     """Buckets, zeros, sum, as in LengthSketch."""
-    output: tuple[dict[int, int], int, float] = ({}, 0, 0.0)
+    output: tuple[Mapping[int, float], int, float] = ({}, 0, 0.0)
     running: Mapping[int, float] = field(default_factory=dict)
     """Streams by the bucket of the tokens that they have made, at its end."""
     gateway: str = ""
@@ -41,8 +41,8 @@ class _Tier:
     prompt: Sketch = field(default_factory=Sketch)
     output: Sketch = field(default_factory=Sketch)
     running: dict[str, Mapping[int, float]] = field(default_factory=dict)
-    usual: dict[str, Sketch] = field(default_factory=dict)
-    """What is running on average, by gateway: as many are among `output`, as they ended in what that has seen and began before."""
+    usual: dict[str, float] = field(default_factory=dict)
+    """How many are running on average, by gateway: as many are among `output`, as they ended in what that has seen and began before."""
     frozen: TierDemand | None = None
 
 
@@ -59,18 +59,20 @@ class DemandEstimator:
         t.at = max(t.at, w.end)
         t.seconds = {g: s * factor for g, s in t.seconds.items() if s * factor > 1e-3}
         t.arrivals, t.squared = ({g: n * factor for g, n in of.items() if g in t.seconds} for of in (t.arrivals, t.squared))
+        t.in_flight = {g: n for g, n in t.in_flight.items() if g in t.seconds}
+        t.running = {g: n for g, n in t.running.items() if g in t.seconds}
+        t.usual = {g: n for g, n in t.usual.items() if g in t.seconds}
         for of, new in ((t.seconds, w.seconds), (t.arrivals, float(w.arrivals)), (t.squared, w.arrivals_squared)):
             of[w.gateway] = of.get(w.gateway, 0.0) + new
         t.in_flight[w.gateway] = w.in_flight
         for sketch, (buckets, zeros, total) in ((t.prompt, w.prompt), (t.output, w.output)):
             sketch.decay(factor**LENGTHS)
             sketch.merge(buckets, zeros, total)
-        usual, slow = t.usual.setdefault(w.gateway, Sketch()), 0.5 ** (w.seconds * LENGTHS / self.half_life_s)
-        usual.decay(slow)
-        usual.merge(w.running, 0, 0.0, weight=1 - slow)
+        runs, slow = float(sum(w.running.values())), 0.5 ** (w.seconds * LENGTHS / self.half_life_s)
+        # What ran when a gateway's first report began is usual: a new leader would take long lives that it meets halfway for new streams.
+        usual = t.usual.get(w.gateway, max(runs - w.arrivals, 0.0))
+        t.usual[w.gateway] = usual * slow + runs * (1 - slow)
         t.running[w.gateway] = w.running
-        t.running = {g: n for g, n in t.running.items() if g in t.seconds}
-        t.usual = {g: s for g, s in t.usual.items() if g in t.seconds}
 
     def freeze(self, pool: str, now: float, tiers: Collection[str]) -> None:
         """`tiers`: those that flip now, whose queueing must not look like demand. The pool's others thaw."""
@@ -104,7 +106,7 @@ class DemandEstimator:
         """Running streams that are more than usual: the long ones of those that have begun in what `output` has seen."""
         more: dict[int, float] = {}
         for g, running in t.running.items():
-            part = max(1 - t.usual[g].count / max(sum(running.values()), 1e-9), 0.0)
+            part = max(1 - t.usual[g] / max(sum(running.values()), 1e-9), 0.0)
             for k, n in running.items():
                 more[k] = more.get(k, 0.0) + part * n
         return more

@@ -15,9 +15,26 @@ CV_PRIOR, SEEN_PRIOR = 1.0, 5.0
 """Few values do not show their tail: so many more count with this coefficient of variation."""
 
 
+FAINT, DROPPED = 1e-3, 1e-6
+"""Values that count on however long none comes; part of all that a bucket must hold to be kept."""
+
+
 def bucket(value: float) -> int:
     """Of a value above 0."""
     return min(max(math.ceil(math.log(value) / LOG_GAMMA), BUCKET_MIN), BUCKET_MAX)
+
+
+def ours(buckets: Mapping[int, float], gamma: float) -> Mapping[int, float]:
+    """Counts by our buckets. Another's beyond them count in the last one; a `gamma` that is none, as 0 where it is not said, is taken for
+    GAMMA."""
+    scale = math.log(gamma) / LOG_GAMMA if gamma != GAMMA and 1 < gamma < math.inf else 1.0
+    if not buckets or (scale == 1 and min(buckets) >= BUCKET_MIN and max(buckets) <= BUCKET_MAX):
+        return buckets
+    found: dict[int, float] = {}
+    for k, n in buckets.items():
+        mine = min(max(math.ceil(k * scale), BUCKET_MIN), BUCKET_MAX)
+        found[mine] = found.get(mine, 0.0) + n
+    return found
 
 
 @dataclass
@@ -28,17 +45,19 @@ class Sketch:
     count: float = 0.0
     total: float = 0.0
 
-    def merge(self, buckets: Mapping[int, float], zeros: float, total: float, gamma: float = GAMMA, weight: float = 1.0) -> None:
-        for k, n in buckets.items():
-            mine = k if gamma == GAMMA else math.ceil(k * math.log(gamma) / LOG_GAMMA)
-            self.buckets[mine] = self.buckets.get(mine, 0.0) + weight * n
-        self.count += weight * (sum(buckets.values()) + zeros)
-        self.total += weight * total
+    def merge(self, buckets: Mapping[int, float], zeros: float, total: float, gamma: float = GAMMA) -> None:
+        for k, n in ours(buckets, gamma).items():
+            self.buckets[k] = self.buckets.get(k, 0.0) + n
+        self.count += sum(buckets.values()) + zeros
+        self.total += total
 
     def decay(self, factor: float) -> None:
-        self.buckets = {k: v for k, n in self.buckets.items() if (v := n * factor) > 1e-3}
+        """Down to FAINT, not to nothing: what was known of a quiet tier's lengths would be lost to the first stream that comes."""
+        factor = max(factor, min(FAINT / self.count, 1.0)) if self.count else factor
         self.count *= factor
         self.total *= factor
+        least = DROPPED * self.count
+        self.buckets = {k: v for k, n in self.buckets.items() if (v := n * factor) > least}
 
     @property
     def mean(self) -> float:

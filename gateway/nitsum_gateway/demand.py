@@ -99,16 +99,3 @@ class Demand:
             )
         self.windows = {}
         return gateway_pb2.DemandReport(window_s=window_s, tiers=rows)
-
-
-def merge(into: gateway_pb2.TierDemand, other: gateway_pb2.TierDemand) -> None:
-    """Adds a later window of the same tier."""
-    for name in (*COUNTS, "arrivals_squared"):
-        setattr(into, name, getattr(into, name) + getattr(other, name))
-    into.in_flight = other.in_flight
-    into.running_tokens.CopyFrom(other.running_tokens)
-    for name in SKETCHES:
-        mine, theirs = getattr(into, name), getattr(other, name)
-        mine.gamma, mine.zero_count, mine.sum = GAMMA, mine.zero_count + theirs.zero_count, mine.sum + theirs.sum
-        for k, n in theirs.buckets.items():
-            mine.buckets[k] += n

@@ -122,12 +122,17 @@ class Sent:
 class Executor:
     sent: dict[str, Sent] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
+    """When it began to lead."""
     stale_term: int = 0
     """Highest term that an agent answered STALE_TERM with."""
     illegal: dict[tuple[str, int], str] = field(default_factory=dict)
     """ILLEGAL_TP messages by (pool, generation)."""
     carried: frozenset[str] = frozenset()
     """Pools that exist without a spec in force. What runs of them stays, so their nodes get no directive: it could not name the model."""
+
+    def leads(self) -> None:
+        """A term begins, maybe hours after the process did."""
+        self.began = time.monotonic()
 
     def keep(self, agents: Collection[str], pools: Collection[str]) -> None:
         """Forgets the others."""
@@ -144,7 +149,7 @@ class Executor:
         applied = agent.report.applied_operation_id
         if applied.partition(".")[0] == mark:
             # A new leader has seen little of demand: what it would limit otherwise is no news yet.
-            recent = time.monotonic() - (last.at if last is not None else self.began) < REFRESH_S
+            recent = time.monotonic() - max(last.at if last is not None else 0.0, self.began) < REFRESH_S
             return not recent and drifted(layout_of(agent.report), node.layout)
         if not applied and not node.residency.engines and last is None:
             return False

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nitsum.length_sketch import GAMMA, Sketch
+from nitsum.length_sketch import Sketch
 from nitsum_api.gateway.v1 import gateway_pb2
 
 WINDOW_S = 60.0
@@ -72,7 +72,7 @@ class Figures:
             seconds[gateway] = seconds.get(gateway, 0.0) + window_s
             sums.arrivals, sums.finished, sums.met_all = sums.arrivals + t.arrivals, sums.finished + t.finished, sums.met_all + t.met_all
             for mine, theirs in ((sums.ttft_ms, t.ttft_ms), (sums.tpot_ms, t.tpot_ms)):
-                mine.merge(dict(theirs.buckets), theirs.zero_count, theirs.sum, theirs.gamma or GAMMA)
+                mine.merge(dict(theirs.buckets), theirs.zero_count, theirs.sum, theirs.gamma)
         # Gateways report side by side: the longest stretch is the time covered.
         sums.seconds = min(max(seconds.values(), default=0.0), WINDOW_S)
         return sums

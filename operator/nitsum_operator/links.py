@@ -128,6 +128,8 @@ class Link:
                         complete = answer.report.host_connected
                     self.report, self.heard_at, self.problem, pause = answer.report, time.monotonic(), "", 0.2
                     if self.role == "gateway":
+                        # By our clock: one whose own is behind would be stale for ever, one that is ahead fresh long after it has gone.
+                        answer.report.window_end.GetCurrentTime()
                         self.reports = [*self.reports[-63:], answer.report]
                 self.problem = "ended its report stream"
             except (grpc.aio.AioRpcError, LeftAlone) as e:

@@ -6,6 +6,7 @@ from typing import Any
 
 from nitsum.demand_estimate import Window
 from nitsum.layout import Capacity, Group, Layout, Role, TierShare
+from nitsum.length_sketch import ours
 from nitsum.residency import Residency, ResidentEngine
 from nitsum.topology import Gpu, Node
 from nitsum_api.agent.v1 import agent_pb2
@@ -98,8 +99,8 @@ def node_of(agent: Agent, legal_tp: Mapping[str, tuple[int, ...]]) -> Node:
 def windows(report: gateway_pb2.DemandReport) -> list[Window]:
     """One gateway's report as the estimator takes it."""
 
-    def sketch(s: types_pb2.LengthSketch) -> tuple[dict[int, int], int, float]:
-        return dict(s.buckets), s.zero_count, s.sum
+    def sketch(s: types_pb2.LengthSketch) -> tuple[Mapping[int, float], int, float]:
+        return ours(dict(s.buckets), s.gamma), s.zero_count, s.sum
 
     end = report.window_end.ToNanoseconds() / 1e9
     return [
@@ -113,7 +114,7 @@ def windows(report: gateway_pb2.DemandReport) -> list[Window]:
             t.in_flight,
             sketch(t.prompt_tokens),
             sketch(t.output_tokens),
-            dict(t.running_tokens.buckets),
+            sketch(t.running_tokens)[0],
             report.gateway_id,
         )
         for t in report.tiers

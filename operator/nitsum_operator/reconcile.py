@@ -149,6 +149,7 @@ class Reconciler:
             self._held_at = time.monotonic()
             if self._leader.term and not before:
                 self._since, self._listed_at = time.monotonic(), 0.0
+                self._executor.leads()
                 await self._list()
             if self._leader.term != before:
                 log.info("leading in term %d" if self._leader.term else "another operator leads (%d)", self._leader.term)

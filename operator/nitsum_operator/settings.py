@@ -1,5 +1,6 @@
 """The operator's configuration file, as the chart writes it (config.yaml)."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ _PLANNER = {
     "staleAfterSeconds": "stale_after_s",
     "flipsAtOnceMax": "flips_at_once_max",
 }
+_ABOVE_0 = frozenset({"dwellSeconds", "headroomQuantile", "staleAfterSeconds", "flipsAtOnceMax"})
+_BELOW_1, _WHOLE = frozenset({"headroomQuantile"}), frozenset({"flipsAtOnceMax"})
+"""As the chart's schema has it: the planner would divide by 0, or change nothing ever."""
 _SECRETS = {
     "ca": "nitsum-ca",
     "operator": "nitsum-operator-tls",
@@ -42,8 +46,11 @@ def parse(raw: Any) -> Settings:
         raise InvalidSpec("config", "must be a YAML mapping")
     planner: dict[str, Any] = {}
     for key, value in (raw.get("planner") or {}).items():
-        if key not in _PLANNER or isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        if key not in _PLANNER or isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise InvalidSpec(f"planner.{key}", f"must be one of {', '.join(_PLANNER)}, with a number that is not negative")
+        if (key in _ABOVE_0 and value == 0) or (key in _BELOW_1 and value >= 1) or (key in _WHOLE and value != int(value)):
+            wanted = [text for keys, text in ((_ABOVE_0, "above 0"), (_BELOW_1, "below 1"), (_WHOLE, "whole")) if key in keys]
+            raise InvalidSpec(f"planner.{key}", f"{value!r} must be {' and '.join(wanted)}")
         planner[_PLANNER[key]] = int(value) if key == "flipsAtOnceMax" else float(value)
     services = raw.get("services") or {}
     return Settings(

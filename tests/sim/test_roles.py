@@ -115,3 +115,10 @@ def test_background_is_served_beside_roles_and_takes_nothing_from_them() -> None
         for rates in (t, t | {"night": 10.0})
     )
     assert beside["goodput_rps"] > 0.9 * alone["goodput_rps"]
+
+
+def test_traffic_without_targets_has_a_partition_and_an_oracle() -> None:
+    s, t = setting(Tier("chat", 1000, 7, default=True), Tier("night")), traffic({"night": 5.0}, 1000, 100, "5s")
+    found = compare.run(("static-partition", "oracle", "static-pd"), s, t).figures()
+    assert list(found) == ["static-partition", "oracle", "static-pd"]
+    assert all(f["tiers"]["night"]["tpot_ms"]["p99"] > 0 for f in found.values()), "and is served"

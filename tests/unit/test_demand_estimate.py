@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from nitsum.demand_estimate import DemandEstimator, Window
-from nitsum.length_sketch import GAMMA, Sketch, bucket, whole
+from nitsum.length_sketch import BUCKET_MAX, GAMMA, Sketch, bucket, whole
 
 
 def feed(e: DemandEstimator, rate: int, seconds: int, start: int = 0, gateway: str = "g") -> None:
@@ -84,6 +84,60 @@ def test_long_streams_count_before_they_end() -> None:
             seen[s] = e.estimate(s)[0].output_tokens_mean
     assert seen[20] == pytest.approx(300, rel=0.25), "those that have ended have 85 tokens"
     assert seen[400] == pytest.approx(300, rel=0.1), "and once it has seen whole lives nothing is counted twice"
+
+
+def test_a_new_leader_does_not_take_lives_that_it_meets_halfway_for_new_streams() -> None:
+    """10 requests/s, lengths exponential with mean 300, in a steady state when the estimator begins to look."""
+    drawn, e, streams = random.Random(3), DemandEstimator(10), list[tuple[float, int]]()
+    for s in range(1, 421):
+        streams += [(s - 1 + drawn.random(), math.ceil(drawn.expovariate(1 / 300))) for _ in range(10)]
+        ended = [n for at, n in streams if at + n / 10 <= s]
+        streams = [(at, n) for at, n in streams if at + n / 10 > s]
+        running = Counter(bucket(made) for at, _ in streams if (made := int((s - at) * 10)))
+        if s > 400:
+            output = dict(Counter(map(bucket, ended))), 0, float(sum(ended))
+            e.observe(Window("p", "t", float(s), 1.0, 10, 100.0, 0, output=output, running=running))
+        if s in (410, 420):
+            assert e.estimate(s)[0].output_tokens_mean == pytest.approx(300, rel=0.35), "five times as many where all count as unseen"
+
+
+def test_a_gateway_that_is_heard_again_after_long_is_as_new() -> None:
+    """What ran when it was last heard is not what is usual now: its streams of today are met halfway."""
+    e = DemandEstimator(10)
+    for at in (1.0, 2.0, 3600.0, 3601.0):
+        running = {bucket(500): 40 if at > 3000 else 1}
+        e.observe(Window("p", "t", at, 1.0, 2, 4.0, output=({bucket(1000): 2}, 0, 2000.0), running=running, gateway="g"))
+    (tier,) = e._tiers.values()
+    assert tier.usual["g"] == pytest.approx(38, abs=1)
+
+
+def test_a_quiet_tier_knows_its_lengths_when_a_stream_comes_after_hours() -> None:
+    e = DemandEstimator(10)
+    ended = {bucket(n): 1 for n in range(200, 400, 10)}
+    e.observe(Window("p", "t", 1.0, 1.0, 20, 400.0, output=(ended, 0, float(sum(range(200, 400, 10))))))
+    before = e.estimate(1.0)[0].output_tokens_mean
+    for s in range(20, 20_000, 20):
+        e.observe(Window("p", "t", float(s), 20.0, 0))
+    e.observe(Window("p", "t", 20_000.0, 20.0, 1, 1.0, running={bucket(5): 1}))
+    assert e.estimate(20_000.0)[0].output_tokens_mean == pytest.approx(before, rel=0.02), "its first tokens say nothing of it"
+
+
+def test_a_gateway_that_has_gone_counts_no_more() -> None:
+    e = DemandEstimator(10)
+    for s in range(400):
+        feed(e, 2, 1, s, f"g{s // 20}")
+    assert e.estimate(400.0)[0].in_flight <= 3 * 8, "20 gateways in a row, each with 3 in flight when it was last heard"
+    (tier,) = e._tiers.values()
+    assert max(map(len, (tier.in_flight, tier.running, tier.usual, tier.seconds))) <= 8
+
+
+def test_buckets_that_no_length_has_count_in_the_last_one() -> None:
+    for gamma in (GAMMA, 1.1, 0.0, -1.0, math.nan, math.inf):
+        s = Sketch()
+        s.merge({2**31 - 1: 2, -(2**31): 1}, 0, 3.0, gamma)
+        assert max(s.buckets) == BUCKET_MAX
+        assert s.count == sum(s.buckets.values()) == 3
+        assert all(map(math.isfinite, (s.cv, s.quantile(0.9), *whole(s, {10: 1.0}))))
 
 
 def test_streams_of_equal_length_are_not_overestimated() -> None:

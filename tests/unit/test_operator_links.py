@@ -1,6 +1,7 @@
 """A link to an agent over real gRPC: what it is told of GPUs, and of contracts that it does not speak."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2, agent_pb2_grpc
+from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from nitsum_operator.links import Endpoint, Link, endpoints
 
 
@@ -118,3 +120,38 @@ def test_endpoints_name_pod_and_node_as_kubernetes_does() -> None:
     for slices in (both, both[::-1]):
         assert endpoints(slices, "agent") == (Endpoint(*where, "b"),), "an address that another Pod has by now"
     assert endpoints(both[:1], "agent") == (Endpoint(*where, "a", True),)
+
+
+class Gateway(gateway_pb2_grpc.GatewayServiceServicer):
+    """Its clock is wrong by `ahead_s`."""
+
+    ahead_s = 0.0
+
+    async def Describe(self, request: Any, context: Any) -> gateway_pb2.DescribeResponse:
+        return gateway_pb2.DescribeResponse(contract_version=CONTRACT_VERSION, gateway_id="gw")
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[gateway_pb2.WatchResponse]:
+        while True:
+            report = gateway_pb2.DemandReport(gateway_id="gw", window_s=1)
+            report.window_end.FromSeconds(int(time.time() + self.ahead_s))
+            yield gateway_pb2.WatchResponse(contract_version=CONTRACT_VERSION, report=report)
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("ahead_s", [-3600.0, 3600.0])
+async def test_windows_end_when_they_come_whatever_a_gateways_clock_says(tmp_path: Path, ahead_s: float) -> None:
+    gateway, server = Gateway(), grpc.aio.server()
+    gateway.ahead_s = ahead_s
+    gateway_pb2_grpc.add_GatewayServiceServicer_to_server(gateway, server)
+    server.add_insecure_port(f"unix:{tmp_path}/s")
+    await server.start()
+    link = Link(Endpoint("gw:1"), "gateway", grpc.aio.insecure_channel(f"unix:{tmp_path}/s"))
+    task = asyncio.create_task(link.follow())
+    try:
+        await until(lambda: link.reports)
+        assert link.reports[0].window_end.ToNanoseconds() / 1e9 == pytest.approx(time.time(), abs=5)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await link.channel.close()
+        await server.stop(0)

@@ -14,6 +14,7 @@ from cryptography import x509
 import nitsum_operator
 from nitsum.errors import InvalidSpec
 from nitsum.layout import Capacity, Group, Layout, Role, TierShare
+from nitsum.length_sketch import GAMMA
 from nitsum.perf.profile import shipped
 from nitsum.planner.planes import Planes
 from nitsum.planner.types import NodePlan, Plan, PlannerSettings, PoolPlan, TierOutlook, Verdict
@@ -37,8 +38,9 @@ from nitsum_operator.issuer import due, gateway_names
 from nitsum_operator.leader import next_term
 from nitsum_operator.links import Endpoint, Link, Links, endpoints
 from nitsum_operator.nodes import node_status
-from nitsum_operator.observe import Agent, group_from
+from nitsum_operator.observe import Agent, group_from, windows
 from nitsum_operator.plan import decide, snapshot
+from nitsum_operator.reconcile import Reconciler
 from nitsum_operator.remember import lost_agent, spec_in_force
 from nitsum_operator.routes import routes
 from nitsum_operator.standing import Standing
@@ -164,6 +166,32 @@ def test_settings_name_the_wrong_key() -> None:
     assert settings.parse({"planner": {"cooldownSeconds": 2}}).planner.cooldown_s == 2.0
     with pytest.raises(InvalidSpec, match=r"planner\.cooldown"):
         settings.parse({"planner": {"cooldown": 2}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 0) for key in ("dwellSeconds", "staleAfterSeconds", "headroomQuantile", "flipsAtOnceMax")),
+        *(("headroomQuantile", value) for value in (1, 1.5)),
+        *(("flipsAtOnceMax", value) for value in (0.5, 1.5)),
+        ("gainMin", -1),
+        ("cooldownSeconds", float("nan")),
+        ("dwellSeconds", float("inf")),
+    ],
+)
+def test_settings_refuse_what_no_plan_can_be_made_with(key: str, value: float) -> None:
+    """As the chart does, whose schema a file written by hand does not pass."""
+    with pytest.raises(InvalidSpec, match=rf"planner\.{key}"):
+        settings.parse({"planner": {key: value}})
+
+
+def test_sketches_of_another_gamma_are_told_in_ours() -> None:
+    theirs = types_pb2.LengthSketch(gamma=1.1, buckets={50: 4}, sum=4 * 1.1**50)
+    row = gateway_pb2.TierDemand(tier="chat", output_tokens=theirs, running_tokens=theirs)
+    (window,) = windows(gateway_pb2.DemandReport(window_s=1.0, tiers=[row]))
+    (at,) = window.output[0]
+    assert GAMMA**at == pytest.approx(1.1**50, rel=0.02)
+    assert window.running == window.output[0] == {at: 4}
 
 
 def test_small_drift_of_limits_is_no_directive() -> None:
@@ -665,3 +693,23 @@ def test_a_new_leader_does_not_send_limits_of_what_it_has_hardly_seen() -> None:
     assert not executor.wanted(fleet.agents["n1"], wanted, accepted)
     executor.began -= REFRESH_S
     assert executor.wanted(fleet.agents["n1"], wanted, accepted)
+    executor.leads()
+    assert not executor.wanted(fleet.agents["n1"], wanted, accepted), "nor does one that has waited for long to lead"
+
+
+async def test_a_term_begins_when_the_lease_is_held_not_with_the_process() -> None:
+    waits = Reconciler.__new__(Reconciler)
+    waits._executor, waits._listed_at, waits._held_at = Executor(began=time.monotonic() - 3600), 1.0, 0.0
+    waits._links = waits._store = SimpleNamespace(highest_term=0)  # type: ignore[assignment]
+    waits._delivery = SimpleNamespace(stale_term=0)  # type: ignore[assignment]
+    waits._leader = SimpleNamespace(term=0, hold=lambda seen: None)  # type: ignore[assignment]
+
+    async def listed() -> None:
+        pass
+
+    waits._list = listed  # type: ignore[method-assign]
+    assert not await waits._lead()
+    assert time.monotonic() - waits._executor.began > REFRESH_S
+    waits._leader.hold = lambda seen: setattr(waits._leader, "term", 7)  # type: ignore[method-assign]
+    assert await waits._lead()
+    assert time.monotonic() - waits._executor.began < REFRESH_S

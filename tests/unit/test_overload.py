@@ -8,13 +8,13 @@ from nitsum.demand import TierDemand
 from nitsum.layout import Group, Layout, TierShare
 from nitsum.perf.memory import worth_residing
 from nitsum.perf.profile import Profile, load_shipped
-from nitsum.planner import NodeView, PlannerSettings, Snapshot, limits
+from nitsum.planner import NodeView, PlannerSettings, Snapshot, Verdict, limits
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.problem import Class, Kind, Problem, Want, value
 from nitsum.planner.question import ask
 from nitsum.planner.slow import SlowPlane, gain_asked
-from nitsum.pool import Pool, Tier
+from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node
 
 H100 = load_shipped("llama-3.1-8b-instruct.h100_sxm")
@@ -88,6 +88,36 @@ def test_what_is_asked_of_a_change_falls_with_the_time_that_a_layout_has_stood()
     assert asked(100.0, 100.0) == pytest.approx(0.05)
     assert 0.02 < asked(100.0, 130.0) < 0.05
     assert asked(100.0, 160.0) == asked(None, 0.0) == pytest.approx(0.02)
+
+
+def test_what_an_active_pool_would_not_do_an_advisory_one_does_not_say_that_it_would() -> None:
+    """Idle GPUs are no change: 8xTP1 would become the fewest groups that the little demand there is needs."""
+    demand = tuple(TierDemand("default/p", t, 0.0, observed_at=0.0) for t in ("strict", "long"))
+    slow, view = SlowPlane(governed=True), NodeView(NODE, reported_at=0.0)
+    for _ in range(2):
+        (node,) = slow(snapshot((STRICT, LONG), demand, view), 0.0).nodes
+        view = replace(view, layout=node.layout, residency=node.residency)
+    for mode in AdaptationMode:
+        s = snapshot((STRICT, LONG), demand, view)
+        plan = slow(replace(s, pools=(replace(s.pools[0], mode=mode),)), 0.0).pools[0]
+        assert (plan.verdict, plan.would_change, plan.rejected) == (Verdict.KEEP, False, ()), (mode, plan.reasons)
+    many = snapshot((STRICT,), (TierDemand("default/p", "strict", 400.0, 1.0, 1.0, 500, 0.8, 100, 0.8, observed_at=0.0),), running(8))
+    plan = slow(replace(many, pools=(replace(many.pools[0], mode=AdaptationMode.ADVISORY),)), 0.0).pools[0]
+    assert (plan.verdict, plan.would_change) == (Verdict.KEEP, True), plan.reasons
+
+
+def test_a_reason_says_how_long_the_plan_counts_on_its_layout() -> None:
+    """As long as the last one has stood; and no dwell at all is no division by zero."""
+    demand = (TierDemand("default/p", "strict", 400.0, 1.0, 1.0, 500, 0.8, 100, 0.8, observed_at=200.0),)
+    for dwell_s, flipped, said in (
+        (30.0, 120.0, "expected to last 80 s"),
+        (30.0, 199.0 - 5, "30 s"),
+        (0.0, 120.0, "expected to last 10 s"),
+    ):
+        s = snapshot((STRICT,), demand, replace(running(8), last_flip_at=flipped))
+        plan = SlowPlane(governed=True)(replace(s, settings=replace(s.settings, dwell_s=dwell_s)), 200.0).pools[0]
+        assert plan.verdict is Verdict.CHANGE, plan.reasons
+        assert said in plan.reasons[-1]
 
 
 @pytest.mark.parametrize(

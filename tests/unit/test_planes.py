@@ -4,12 +4,14 @@ from dataclasses import fields, replace
 
 import pytest
 
+import nitsum.planner.capacity
 import nitsum.planner.planes
 from nitsum.demand import TierDemand
 from nitsum.layout import Capacity, Group, Layout, Role, TierShare
 from nitsum.perf.correction import Corrected, StepTiming
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, Plan, PlannerSettings, Snapshot, Verdict
+from nitsum.planner.capacity import Mark
 from nitsum.planner.compose import _digest
 from nitsum.planner.planes import Planes
 from nitsum.pool import Pool, Tier
@@ -210,3 +212,13 @@ def test_a_plan_id_tells_every_field_of_what_is_wanted_apart() -> None:
     for other in others:
         seen.add(_digest([other]))
     assert len(seen) == len(others) + 1
+
+
+def test_marks_are_forgotten_beyond_a_bound_and_no_number_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nitsum.planner.capacity, "REMEMBERED_MAX", 8)
+    known = nitsum.planner.capacity.Capacity()
+    marks = [Mark(1.05**i, 1.0, 1.0, 1.0, 1.0) for i in range(50)]
+    numbers = [known.number(m) for m in marks]
+    assert [known.number(m) for m in marks[-8:]] == numbers[-8:]
+    assert len({*numbers, *(known.number(m) for m in marks[:8])}) == len(marks) + 8, "an old key must not come to mean other lengths"
+    assert len(known._numbers) == 8

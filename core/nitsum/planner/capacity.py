@@ -80,14 +80,20 @@ class Capacity:
         self._sizes: OrderedDict[tuple[object, ...], tuple[int, int]] = OrderedDict()
         self._kinds: OrderedDict[str, tuple[object, dict[tuple[object, ...], tuple[Kind | None, bool]]]] = OrderedDict()
         self._kv_tokens: OrderedDict[tuple[object, ...], int] = OrderedDict()
-        self._numbers: dict[Mark, int] = {}
+        self._numbers: OrderedDict[Mark, int] = OrderedDict()
+        self._next = 0
         self.left: int | None = None
         self.guessed = False
         """Whether an answer was what was known of other lengths."""
 
     def number(self, m: Mark) -> int:
         """Stands for it in keys, for hashing it takes longer."""
-        return self._numbers.setdefault(m, len(self._numbers))
+        if (found := self._numbers.get(m)) is None:
+            found = self._numbers[m] = self._next
+            self._next += 1  # never given again: keys with those that are forgotten live on
+            if len(self._numbers) > REMEMBERED_MAX:
+                self._numbers.popitem(last=False)
+        return found
 
     def kinds(self, pool: str, asked: object) -> dict[tuple[object, ...], tuple[Kind | None, bool]]:
         """Kinds of groups made of these answers, for who asks to fill, and whether none of them was guessed; emptied when `asked` changes,

@@ -92,7 +92,7 @@ def _degrees(pool: Pool, nodes: list[NodeView], allowed_by_profile: tuple[int, .
 
 
 def _meant(g: Group) -> tuple[str, ...]:
-    """Tiers that a group is for; those with a share of 0 ride along, those with the least are taken in (`compose.SHELTERED`)."""
+    """Tiers that a group is for; those with a share of 0 ride along, those with the least are taken in (`limits.SHELTERED`)."""
     return tuple([s.tier for s in g.shares if s.share > 1.5e-3] or [s.tier for s in g.shares])
 
 

@@ -27,6 +27,8 @@ from nitsum.pool import AdaptationMode
 STEADY = 0.4
 DWELL_MAX = 10
 """Multiple of the expected dwell: a layout that has stood for longer than that says no more about the next one."""
+DWELL_MIN = 1.0
+"""Seconds; whatever is set, a pause is weighed against some time."""
 STALE = "no fresh demand report: the last safe layout stays"
 
 
@@ -55,7 +57,7 @@ def stood(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
 
 def dwell(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
     """Seconds that the next layout is expected to last: as long as the last one has, within bounds."""
-    least = snapshot.settings.dwell_s
+    least = max(snapshot.settings.dwell_s, DWELL_MIN)
     return min(max(stood(q, snapshot, now), least), DWELL_MAX * least)
 
 
@@ -73,6 +75,25 @@ class _Kept:
 
     q: PoolQuestion
     why: str
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The question of some pools and its answers: `current` as it runs, `base` with what idle GPUs add, `best`."""
+
+    asked: Problem
+    members: list[list[NodeView]]
+    runs: dict[str, list[Placed]]
+    counts: Counts
+    current: Answer
+    base: Answer
+    best: Answer
+    gain_min: float
+
+    @property
+    def change(self) -> bool:
+        asked, best, base = self.asked, self.best, self.base
+        return not self.counts or (asked.widths(best.counts) != asked.widths(base.counts) and wins(asked, best, base, self.gain_min))
 
 
 class SlowPlane:
@@ -94,10 +115,10 @@ class SlowPlane:
         decided = self._decide(moves, snapshot, now, barred) if moves else []
         used = set(barred) | {g.uuid for d in decided for p in d.placed for g in p.gpus}
         for k in kept:
-            decided.append(self._keep(k, snapshot, used, stale(k.q.pool.name, snapshot, now)))
+            decided.append(self._keep(k, snapshot, now, used))
         return compose(sorted(decided, key=lambda d: d.q.pool.name), snapshot, self._capacity)
 
-    def _keep(self, kept: _Kept, snapshot: Snapshot, used: set[str], asleep: bool) -> Decided:
+    def _keep(self, kept: _Kept, snapshot: Snapshot, now: float, used: set[str]) -> Decided:
         """What runs, repaired; `used` grows by what is filled. Also says what a pool that may not change would do."""
         q, why = kept.q, kept.why
         held = why
@@ -116,10 +137,8 @@ class SlowPlane:
         rejected: tuple[str, ...] = ()
         if not why:
             own = frozenset(g.uuid for p in placed for g in p.gpus)
-            asked, _, _ = problem([q], snapshot, self._capacity, frozenset(used) - own)
-            best, current = self._best(asked), serving.answer
-            was = told(placed)
-            would = wins(asked, best, current, settings.gain_min)
+            choice = self._choice([q], snapshot, now, frozenset(used) - own)
+            asked, best, would, was = choice.asked, choice.best, choice.change, told(placed)
             to = shape(asked, best.counts, name)
             why = f"{q.pool.mode}: would change {was} to {to}" if would else f"{q.pool.mode}: {was} stays"
             rejected = (f"{to}: {goodput(q, best):.2f} requests/s, but the mode is {q.pool.mode}",) if would else ()
@@ -135,7 +154,7 @@ class SlowPlane:
             would,
             held,
         )
-        return Decided(q, serving.placed, serving, plan, asleep)
+        return Decided(q, serving.placed, serving, plan, stale(name, snapshot, now))
 
     def _at_best(self, asked: Problem, answer: Answer) -> Answer:
         """The same groups with the best flows through them, so that answers are compared at their best."""
@@ -164,7 +183,7 @@ class SlowPlane:
             return replace(fallback, note="the exact solver found nothing; greedy decided")
         return found if found.score >= fallback.score else replace(fallback, note="greedy found more than the bounded exact search")
 
-    def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
+    def _choice(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> _Choice:
         gain_min = min(gain_asked(q, snapshot, now) for q in moves)
         asked, members, _ = problem(moves, snapshot, self._capacity, barred)
         usual = snapshot.settings.gain_min  # which tiers groups serve is the fast plane's: with its eyes, or labels go to and fro
@@ -175,8 +194,13 @@ class SlowPlane:
         losses = [flip_loss(q, snapshot, _score(asked, current, q.pool.name), dwell(q, snapshot, now)) for q in moves]
         asked = replace(asked, flip_loss=dict(ChainMap(*losses)))
         base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
-        best = self._best(asked)
-        change = not counts or (asked.widths(best.counts) != asked.widths(base.counts) and wins(asked, best, base, gain_min))
+        return _Choice(asked, members, runs, counts, current, base, self._best(asked), gain_min)
+
+    def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
+        c = self._choice(moves, snapshot, now, barred)
+        asked, members, runs, counts, base, best, gain_min = c.asked, c.members, c.runs, c.counts, c.base, c.best, c.gain_min
+        running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
+        change, usual = c.change, snapshot.settings.gain_min
         placed = _placed(asked, best.counts, members, running, barred) if change else None
         answer = best if placed is not None else base
         if placed is None:
@@ -190,9 +214,8 @@ class SlowPlane:
             mine = [p for p in placed if p.pool == q.pool.name]
             labels = serve(q, asked.kinds, mine, gain_min, True, self._at_best) if change else serve(q, asked.kinds, mine, usual)
             serving = self._flowing(labels)
-            decided.append(
-                Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, (current, base, best, answer), change, gain_min))
-            )
+            answers, lasts = (c.current, base, best, answer), dwell(q, snapshot, now)
+            decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, answers, change, gain_min, lasts)))
         return decided
 
 
@@ -211,10 +234,11 @@ def _plan(
     answers: tuple[Answer, Answer, Answer, Answer],
     change: bool,
     gain_min: float,
+    lasts: float,
 ) -> PoolPlan:
-    """Reasons of a pool that could change."""
+    """Reasons of a pool that could change. `lasts`: seconds that the plan counts on for its layout."""
     current, base, best, answer = answers
-    settings, name = snapshot.settings, q.pool.name
+    name = q.pool.name
     if not serving.placed and not q.had:
         return PoolPlan(name, 0, 0.0, (), (crowded(q, snapshot),), verdict=Verdict.BLOCKED)
     was, will = describe(parts(q.running)), told(serving.placed)
@@ -234,13 +258,13 @@ def _plan(
         reasons.append(f"its GPUs changed: {was} -> {will}")
     else:
         worth = "" if after > before else f", but {base.score:.2f} -> {best.score:.2f} by target and weight"
-        reasons.append(
-            f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s{worth}, expected to last {settings.dwell_s:g} s"
-        )
+        reasons.append(f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s{worth}, expected to last {lasts:.0f} s")
     rejected = []
     if change and q.running:
         rejected.append(f"{was} as it runs: expected goodput {before:.2f} requests/s, score {base.score:.2f} against {best.score:.2f}")
-    if not change and best.counts != base.counts:
+    stands = asked.widths(base.counts)
+    # Fewer groups, or other labels, would switch nothing.
+    if not change and any(n > stands.get(key, 0) for key, n in asked.widths(best.counts).items() if key[1] == name):
         rejected.append(f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, best):.2f} requests/s, not worth the switch")
     verdict = Verdict.KEEP if {p.key for p in serving.placed} == set(q.had) else Verdict.CHANGE
     gpus = sum(len(p.gpus) for p in serving.placed)

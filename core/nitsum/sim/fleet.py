@@ -39,9 +39,9 @@ QUEUE_S = 60.0
 """As the engine host's: how long a request waits in a group's queue."""
 VIEW_S = 1.0
 DRAIN_S = 600.0
+"""After the last arrival: what has not ended by then counts as failed."""
 COUNTED_MAX = 4096
 """Streams of a fleet whose tokens are counted each second."""
-"""After the last arrival: what has not ended by then counts as failed."""
 
 
 @dataclass(eq=False)

@@ -62,9 +62,9 @@ def _ranked(s: Setting, demand: dict[str, TierDemand]) -> list[tuple[Part, ...]]
     key = lambda t: (t.tpot_ms or float("inf"), t.ttft_ms or float("inf"), t.name)  # noqa: E731
     tiers = sorted((t for t in s.pool.tiers if not t.background and demand[t.name].rate > 0), key=key)
     rest = tuple(t.name for t in s.pool.tiers if t not in tiers)
-    if not tiers:
-        return []
     model, gpus = QuickModel(s.model), min(s.pool.budget_gpus, sum(len(n.gpus) for n in s.nodes))
+    if not tiers:  # what has no targets is served at the least TP, as by our planner
+        return [(Part(min(s.tps), gpus // min(s.tps), rest),)]
     unit = max(min(s.tps), gpus // SHARES_MAX)
     safe: dict[tuple[int, tuple[str, ...]], _Kind] = {}
 
