@@ -177,7 +177,12 @@ class Group:
     _settled: dict[tuple[float, float, float | None], Steady] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.prompts, self.outputs = self.prompt.points(), self.output.points()
+        self.outputs = self.output.points()
+        kv = self.kv_tokens = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
+        room = kv - self.outputs[-1][0]
+        self.kv_fits = room > self.prompt.mean
+        # A drawn tail ends nowhere; what does not fit is refused where it comes in, and does not run.
+        self.prompts = tuple((min(tokens, max(room, 1.0)), w) for tokens, w in self.prompt.points())
         self.lives = tuple((max(tokens - 1, 1.0), w) for tokens, w in self.outputs)
         """(decode steps of a request, share of requests)."""
         mean = self.prompt.mean
@@ -191,11 +196,9 @@ class Group:
         self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own], self.prompt.tail)
         self._tokens = sum(p * w for p, w in self.prompts)
         self._invite(self.guest)
-        kv = self.kv_tokens = self.model.kv_capacity_tokens(self.tp_size, self.resident_tp)
         # Those that run long are seen more often: the mean of what runs is more than that of what comes.
         held = self.prompt.mean + self.output.mean * max((1 + self.output.cv**2) / 2, 1.0)
         self.kv_batch = kv / max(held, 1.0)
-        self.kv_fits = kv > self.prompts[-1][0] + self.outputs[-1][0]
 
     def _invite(self, guest: Lengths | None) -> None:
         self.guest, self.guests = guest, guest.points() if guest else ()

@@ -56,3 +56,11 @@ def test_what_goals_share_changes_none_of_them(governed: bool) -> None:
         engine = group(Group, 0, 2, 0, governed, 1, 1.0)
         for goal, crowd, dispersion in order:
             assert safe(engine.among(crowd, dispersion, Lengths(300, 0.8)), goal) == fresh(goal, crowd, dispersion)
+
+
+def test_a_tail_that_ends_nowhere_does_not_close_a_group() -> None:
+    """Mean prompts of 20,000 whose 99.5th percentile by a lognormal is longer than KV, and than the model's context."""
+    for cv in (0.5, 1.0, 2.0):
+        found = safe(Group(MODELS[1], 4, Lengths(20_000, cv), Lengths(300, 1), governed=True, resident_tp=RESIDENT), Goal(20_000, 60, 0.9))
+        assert found.rate > 0.1, cv
+    assert safe(Group(MODELS[1], 4, Lengths(200_000), Lengths(300, 1), resident_tp=RESIDENT), Goal(None, 60, 0.9)).rate == 0
