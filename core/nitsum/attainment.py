@@ -74,6 +74,11 @@ class Lengths:
         return tuple((max(x * scale, 1.0), w) for x, w in drawn)
 
 
+def running_length(prompt: float, output: Lengths) -> float:
+    """Mean tokens of a stream that runs, prompt and what is made: it is seen for as long as its output takes, and long ones longest."""
+    return prompt + output.mean * (1 + output.cv**2) / 2
+
+
 @dataclass(frozen=True)
 class Goal:
     """`share` of the requests must meet both. None: no such target. `guest_ttft_ms`: of the tier that shares the group (`Group.guest`)."""
@@ -187,8 +192,7 @@ class Group:
         """(decode steps of a request, share of requests)."""
         mean = self.prompt.mean
         self.door = door_ms(self.model, self.tp_size)
-        self.ctx = max(int(mean + self.output.mean * (1 + self.output.cv**2) / 2), 1)
-        """Of a stream that runs, as long ones do longest."""
+        self.ctx = max(int(running_length(mean, self.output)), 1)
         one, two = self._prefill(mean), self._prefill(2 * mean)
         self.fixed = max(one - (two - one), 0.0) if 2 * mean <= CHUNK else 0.0
         """Of a prefill step, whatever it carries."""
@@ -196,9 +200,7 @@ class Group:
         self.stock = Prompts.of(own, [(max(s - self.fixed, 1e-6), w) for s, w in own], self.prompt.tail)
         self._tokens = sum(p * w for p, w in self.prompts)
         self._invite(self.guest)
-        # Those that run long are seen more often: the mean of what runs is more than that of what comes.
-        held = self.prompt.mean + self.output.mean * max((1 + self.output.cv**2) / 2, 1.0)
-        self.kv_batch = kv / max(held, 1.0)
+        self.kv_batch = kv / max(running_length(mean, self.output), mean + self.output.mean, 1.0)
 
     def _invite(self, guest: Lengths | None) -> None:
         self.guest, self.guests = guest, guest.points() if guest else ()

@@ -13,8 +13,6 @@ MIDDLE = 2 / (1 + GAMMA)
 """From the upper end of a bucket to its middle."""
 CV_PRIOR, SEEN_PRIOR = 1.0, 5.0
 """Few values do not show their tail: so many more count with this coefficient of variation."""
-
-
 FAINT, DROPPED = 1e-3, 1e-6
 """Values that count on however long none comes; part of all that a bucket must hold to be kept."""
 
@@ -44,6 +42,17 @@ class Sketch:
     buckets: dict[int, float] = field(default_factory=dict)
     count: float = 0.0
     total: float = 0.0
+
+    def add(self, value: float, n: int = 1) -> None:
+        self.count += n
+        if value > 0:
+            k = bucket(value)
+            self.buckets[k] = self.buckets.get(k, 0) + n
+            self.total += n * value
+
+    @property
+    def zeros(self) -> float:
+        return max(self.count - sum(self.buckets.values()), 0.0)
 
     def merge(self, buckets: Mapping[int, float], zeros: float, total: float, gamma: float = GAMMA) -> None:
         for k, n in ours(buckets, gamma).items():
@@ -96,9 +105,8 @@ def whole(ended: Sketch, running: Mapping[int, float]) -> tuple[float, float]:
         return ended.mean, ended.cv
     made = ended.total + sum(n * MIDDLE * GAMMA**k for k, n in running.items())
     at_risk, left, value, mean, square = ended.count + cut, 1.0, 0.0, 0.0, 0.0
-    zeros = ended.count - sum(ended.buckets.values())
-    left -= max(zeros, 0.0) / at_risk
-    at_risk -= max(zeros, 0.0)
+    left -= ended.zeros / at_risk
+    at_risk -= ended.zeros
     for k in sorted({*ended.buckets, *running}):
         value = MIDDLE * GAMMA**k
         if (ends := ended.buckets.get(k, 0.0)) and at_risk > 0:

@@ -4,26 +4,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from nitsum.length_sketch import GAMMA, bucket
+from nitsum.length_sketch import GAMMA, Sketch
 from nitsum_api.gateway.v1 import gateway_pb2
 from nitsum_api.types.v1 import types_pb2
 
 
-@dataclass
-class Sketch:
-    buckets: Counter[int] = field(default_factory=Counter)
-    zeros: int = 0
-    total: float = 0.0
-
-    def add(self, value: float) -> None:
-        if value <= 0:
-            self.zeros += 1
-            return
-        self.buckets[bucket(value)] += 1
-        self.total += value
-
-    def message(self) -> types_pb2.LengthSketch:
-        return types_pb2.LengthSketch(gamma=GAMMA, buckets=self.buckets, zero_count=self.zeros, sum=self.total)
+def message(s: Sketch) -> types_pb2.LengthSketch:
+    """Of a sketch that counts whole values."""
+    return types_pb2.LengthSketch(gamma=GAMMA, buckets={k: int(n) for k, n in s.buckets.items()}, zero_count=int(s.zeros), sum=s.total)
 
 
 COUNTS = ("arrivals", "finished", "met_ttft", "met_tpot", "met_all", "refused", "failed", "moves")
@@ -92,9 +80,9 @@ class Demand:
                     tier=tier,
                     arrivals_squared=float(w.counts["arrivals"] ** 2),
                     in_flight=max(self.in_flight[tier], 0),
-                    running_tokens=made.get(tier, Sketch()).message(),
+                    running_tokens=message(made.get(tier, Sketch())),
                     **{name: w.counts[name] for name in COUNTS},  # type: ignore[arg-type]
-                    **{name: w.sketches[name].message() for name in SKETCHES},  # type: ignore[arg-type]
+                    **{name: message(w.sketches[name]) for name in SKETCHES},  # type: ignore[arg-type]
                 )
             )
         self.windows = {}

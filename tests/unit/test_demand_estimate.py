@@ -147,3 +147,14 @@ def test_streams_of_equal_length_are_not_overestimated() -> None:
     assert mean == pytest.approx(200, rel=0.02)
     assert whole(ended, {})[0] == 200
     assert cv < whole(Sketch(), running)[1]
+
+
+def test_values_go_where_they_are_read_again() -> None:
+    s = Sketch()
+    for value in (0.0, 100.0, 100.0):
+        s.add(value)
+    s.add(1000, 3)
+    assert (s.count, s.zeros, s.total) == (6, 1, 3200)
+    assert s.quantile(0.5) == pytest.approx(100, rel=0.02)
+    assert s.quantile(0.9) == pytest.approx(1000, rel=0.02)
+    assert all(GAMMA ** (k - 1) < v <= GAMMA**k for v, k in ((100, min(s.buckets)), (1000, max(s.buckets))))

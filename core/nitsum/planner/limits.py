@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from nitsum.attainment import Lengths, running_length
 from nitsum.demand import TierDemand
 from nitsum.governor import CHUNK_MAX
 from nitsum.layout import Capacity as Limits
@@ -85,20 +86,20 @@ def limits_of(q: PoolQuestion, serving: Serving, p: Placed, snapshot: Snapshot, 
     running = max(round(ROOM * sum(uses[t] * batch for t, _, batch in able)), 1)
     chunk, prefill = 0, round(rate * prompt, 1)
     if tpot_ms is not None:
-        running, chunk = capacity.size(model, tp_size, prompt, output, tpot_ms, q.tps, running_length(q.demand, rates))
+        running, chunk = capacity.size(model, tp_size, prompt, output, tpot_ms, q.tps, _running_length(q.demand, rates))
     if loosest:
         shares += tuple(TierShare(t, SHELTERED, beside(t, spare / max(len(q.background), 1))) for t in q.background)
     ttft_ms = min((t.ttft_ms for t in q.slo_tiers if t.name in own and t.ttft_ms is not None), default=None)
     return shares, Limits(running, kv_tokens, prefill, queue(rate, ttft_ms, running), chunk)
 
 
-def running_length(demand: Mapping[str, TierDemand], rates: Mapping[str, float]) -> float:
-    """Mean tokens of a stream that runs, prompt and what is made: it is seen for as long as its output takes."""
+def _running_length(demand: Mapping[str, TierDemand], rates: Mapping[str, float]) -> float:
+    """Of the streams of all these tiers."""
     seen = made = 0.0
     for t, rate in rates.items():
         prompt, output = demand[t].prompt_tokens_mean or PRIOR_PROMPT, demand[t].output_tokens_mean or PRIOR_OUTPUT
         seen += rate * output
-        made += rate * output * (prompt + output * (1 + demand[t].output_tokens_cv ** 2) / 2)
+        made += rate * output * running_length(prompt, Lengths(output, demand[t].output_tokens_cv))
     return made / seen
 
 

@@ -4,26 +4,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from nitsum.demand_estimate import Window
-from nitsum.length_sketch import bucket
+from nitsum.length_sketch import Sketch
 from nitsum.routing import Routes
 from nitsum.sim.group import SimGroup
 
 
 @dataclass
-class _Lengths:
-    buckets: Counter[int] = field(default_factory=Counter)
-    total: int = 0
-
-    def add(self, tokens: int) -> None:
-        self.buckets[bucket(tokens)] += 1
-        self.total += tokens
-
-
-@dataclass
 class _Tier:
     arrivals: int = 0
-    prompt: _Lengths = field(default_factory=_Lengths)
-    output: _Lengths = field(default_factory=_Lengths)
+    prompt: Sketch = field(default_factory=Sketch)
+    output: Sketch = field(default_factory=Sketch)
 
 
 class Gateway:
@@ -36,7 +26,7 @@ class Gateway:
         """Of the round robin that `plain` does."""
         self._seen = {t: _Tier() for t in tiers}
         self.in_flight: Counter[str] = Counter()
-        self._running: dict[str, Counter[int]] = {}
+        self._running: dict[str, Sketch] = {}
 
     def refresh(self) -> None:
         for g in sorted(self.stale, key=lambda g: (not g.closing, g.key)):  # a key's next group comes after the one that ended
@@ -60,7 +50,7 @@ class Gateway:
 
     def runs(self, tier: str, tokens: int, weight: int) -> None:
         """A stream that has come to so many tokens when the window ends; it stands for `weight` of them."""
-        self._running.setdefault(tier, Counter())[bucket(tokens)] += weight
+        self._running.setdefault(tier, Sketch()).add(tokens, weight)
 
     def windows(self, now: float, seconds: float) -> list[Window]:
         """Ends the window."""
@@ -73,9 +63,9 @@ class Gateway:
                 t.arrivals,
                 float(t.arrivals**2),
                 self.in_flight[tier],
-                (t.prompt.buckets, 0, float(t.prompt.total)),
-                (t.output.buckets, 0, float(t.output.total)),
-                self._running.get(tier, Counter()),
+                (t.prompt.buckets, 0, t.prompt.total),
+                (t.output.buckets, 0, t.output.total),
+                self._running.get(tier, Sketch()).buckets,
                 self.name,
             )
             for tier, t in self._seen.items()
