@@ -31,11 +31,11 @@ LIVES = 0.75
 """Variance of the batch as one request sees it over its life, relative to the variance at an instant."""
 BURST = 0.5
 """Of the others in a request's own burst: how many are prefilled after it, not with it."""
-EVEN = 0.3
+EVEN = 0.5
 """Least dispersion that one group of several can count on, however evenly routers spread what comes: their views are a second old."""
-SHARED = 0.75
+SHARED = 0.35
 """Power of the number of groups by which the wait for prefill falls; 1 if routers saw all there is to do."""
-SPREAD, CONVEX, TAIL, MIXED_TAIL = 1.35, 0.8, 1.5, 1.1
+SPREAD, CONVEX, TAIL, MIXED_TAIL = 1.35, 0.8, 1.5, 1.3
 """Fitted to the simulated engine: load comes in waves, and a step's time grows faster than the load that it is taken at."""
 MARGIN = 0.9
 """Of the rate found: the simulated engine's is rarely lower then."""
@@ -455,6 +455,8 @@ class Safe:
     batch: int
     partly: float | None = None
     """Not None: `rate` is what a part of the requests would meet, which is more than this, the rate at which the goal's share does."""
+    attained: tuple[float, float] = (1.0, 1.0)
+    """Shares met at half of the rate, and at the rate."""
 
 
 def binding_of(p: Point) -> str:
@@ -487,4 +489,6 @@ def safe(group: Group, goal: Goal) -> Safe:
         middle = (low + high) / 2
         low, high = (low, middle) if misses(middle) else (middle, high)
     batch = math.ceil(1 + held.batch + 2 * held.batch_stddev)
-    return Safe(MARGIN * low, binding_of(group.at(broken[0], goal, broken[1])), min(batch, max(int(group.kv_batch), 1)))
+    half, whole = (group.at(part * MARGIN * low, goal).share for part in (0.5, 1.0))
+    binding = binding_of(group.at(broken[0], goal, broken[1]))
+    return Safe(MARGIN * low, binding, min(batch, max(int(group.kv_batch), 1)), attained=(half, whole))
