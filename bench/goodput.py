@@ -49,9 +49,8 @@ def make(todo: list[Plan], store: Store, folder: Path, traces: Path | None, jobs
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="one model, four mixes, two loads, a minute each, one seed")
-    options.add_argument(
-        "--short", action="store_true", help="both models on 8 GPUs, all mixes, three loads of 90 s, fewer policies, one seed"
-    )
+    options.add_argument("--short", action="store_true", help="all mixes at three loads, 64 GPUs at one, fewer policies, one seed")
+    options.add_argument("--seeds", type=int, metavar="N", help="exactly so many, whatever the error")
     options.add_argument(
         "--traces", type=Path, default=os.environ.get("NITSUM_TRACES"), metavar="DIR", help="folder of the recorded traces"
     )
@@ -69,7 +68,7 @@ def main() -> None:
         print(f"NO TRACES: {where}; synthetic requests of the same mean lengths, Poisson, stand in for all of them", file=sys.stderr)
         traces = None
     origin = "recorded traces" if traces else "SYNTHETIC TRAFFIC"
-    tables, even, ladder = plans(args.quick, args.short)
+    tables, even, ladder = plans(args.quick, args.short, args.seeds)
     todo = [*(tables if "tables" in parts else ()), *([even] if "even" in parts else ()), *([ladder] if "ladder" in parts else ())]
     store = Store(args.results, traces)
     make(todo, store, args.results, traces, args.jobs)

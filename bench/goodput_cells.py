@@ -19,6 +19,7 @@ from goodput_mixes import MIXES, MODELS
 
 import nitsum
 from nitsum.sim import compare
+from nitsum.sim.result import RunResult
 
 
 @dataclass(frozen=True, order=True)
@@ -104,9 +105,12 @@ def run(unit: Unit, store: Store, traces: Path | None, said: Callable[[str], Non
     model, mix = MODELS[p.model], MIXES[p.mix]
     setting, times = goodput_mixes.setting(model, mix, p.gpus)
     sent = goodput_mixes.traffic(p.rate, mix, p.duration_s, unit.seed, times.context_length, traces)
+    known: dict[str, RunResult] = {}
     for name in todo:
         said(f"{p.model}, {p.gpus} GPUs, {p.mix}, load {p.load:g}, seed {unit.seed}: {name}")
         began = time.process_time()
-        figures = compare.run((name,), setting, sent).figures()[name]
+        compared = compare.run((name,), setting, sent, known=known)
+        known |= compared.results
+        figures = compared.figures()[name]
         store.put(p, unit.seed, name, figures | {"cpu_s": round(time.process_time() - began, 2)})
     return len(todo)

@@ -1,6 +1,6 @@
 """Which cells `goodput.py` makes. What is still wanted follows from what is there, so a sweep may end at any time and go on later."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from goodput_cells import Point, Store, Unit
 from goodput_mixes import MIXES, MODELS, setting
@@ -88,13 +88,16 @@ FEW_32B = "plain-tp2,plain-tp4,static-tp4,static-partition,resplit-tp2,resplit-t
 LADDER = "plain-tpN,aware-tpN,apart,static-partition,restart-tp,nitsum"
 
 
-def plans(quick: bool, short: bool = False) -> tuple[tuple[Plan, ...], Plan, Plan]:
-    """(the tables, break-even, the ladder)."""
+def plans(quick: bool, short: bool = False, exactly: int | None = None) -> tuple[tuple[Plan, ...], Plan, Plan]:
+    """(the tables, break-even, the ladder). `exactly`: seeds."""
     mixes, grid = tuple(MIXES), (0.5, 0.7, 0.85, 1.0, 1.2, 1.45)
     if short:
         few = {"Llama-3.1-8B": FEW, "Qwen3-32B": FEW_32B}
-        tables: tuple[Plan, ...] = tuple(Plan("8 H100", model, 8, mixes, (0.7, 1.0, 1.3), few[model], 90.0, lower_max=0) for model in few)
-        seeds, duration_s, flips = (1, 1), 90.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
+        seeds, duration_s, flips = (1, 1), 300.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
+        tables: tuple[Plan, ...] = tuple(
+            Plan("8 H100", model, 8, mixes, (0.7, 1.0, 1.3), few[model], duration_s) for model in few
+        )
+        tables += tuple(Plan("64 H100", model, 64, mixes[:4], (1.0,), few[model], 60.0, lower_max=0) for model in few)
     elif quick:
         tables = (Plan("8 H100", "Llama-3.1-8B", 8, mixes[1:5], (0.7, 1.0), FEW, 60.0, lower_max=1),)
         seeds, duration_s, flips = (1, 1), 60.0, "nitsum@free,nitsum,nitsum@5s,nitsum@60s,static-partition"
@@ -103,6 +106,9 @@ def plans(quick: bool, short: bool = False) -> tuple[tuple[Plan, ...], Plan, Pla
         few = {"Llama-3.1-8B": FEW, "Qwen3-32B": FEW_32B}
         tables += tuple(Plan("64 H100", model, 64, mixes[:4], (0.7, 1.0, 1.2), few[model], 90.0) for model in few)
         seeds, duration_s, flips = (2, 4), 300.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
+    if exactly is not None:
+        seeds = exactly, exactly
+        tables = tuple(replace(t, seeds=seeds) for t in tables)
     even = Plan(
         "Break-even", "Llama-3.1-8B", 8, ("fast+bulk", "all four")[: 1 if quick else 2], (1.0,), flips, duration_s, seeds, lower_max=0
     )

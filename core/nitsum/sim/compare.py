@@ -1,7 +1,8 @@
 """The same traffic under several policies, and the JSON that comes of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from nitsum.sim.arrivals import Traffic
@@ -14,7 +15,7 @@ from nitsum.sim.result import RunResult
 Progress = Callable[[str, float], None]
 """(policy, simulated second)"""
 
-SEARCHED = {partition.NAME: partition.best, "apart": partition.best, disaggregated.NAME: disaggregated.best, oracle.NAME: oracle.best}
+SEARCHED = {partition.NAME: partition.best, "apart": partition.best, disaggregated.NAME: disaggregated.best}
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,24 @@ class Comparison:
         return {name: policy_figures(pool, r, self.traffic.too_long) for name, r in self.results.items()}
 
 
-def run(names: tuple[str, ...], setting: Setting, traffic: Traffic, progress: Progress = lambda name, second: None) -> Comparison:
-    """Raises InvalidSpec for a policy that there is not, before anything runs."""
-    policies = [name if name in SEARCHED else registry.build(name, setting) for name in names]
-    results = {}
+def run(
+    names: tuple[str, ...],
+    setting: Setting,
+    traffic: Traffic,
+    progress: Progress = lambda name, second: None,
+    known: Mapping[str, RunResult] = MappingProxyType({}),
+) -> Comparison:
+    """Raises InvalidSpec for a policy that there is not, before anything runs. `known`: results of this very setting and traffic, which the
+    oracle, who looks at several policies, does not simulate again."""
+    policies = [name if name in SEARCHED or name == oracle.NAME else registry.build(name, setting) for name in names]
+    results: dict[str, RunResult] = {}
     for name, policy in zip(names, policies, strict=True):
         said = lambda second, name=name: progress(name, second)  # noqa: E731
         if isinstance(policy, str):
-            results[name] = SEARCHED[policy](setting, traffic, said, name)
+            if policy == oracle.NAME:
+                results[name] = oracle.best(setting, traffic, said, {**known, **results})
+            else:
+                results[name] = SEARCHED[policy](setting, traffic, said, name)
         else:
             results[name] = Fleet(policy, setting.nodes, setting.model, traffic).run(said)
     return Comparison(setting, traffic, results)

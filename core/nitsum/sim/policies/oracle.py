@@ -4,7 +4,7 @@ What it searches: true demand of windows of FORESIGHT_S, planned with and withou
 `nitsum` itself, and the best static partition, so that it bounds both. Its plans are our planner's: a better one would find better ones.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from nitsum.pool import AdaptationMode
@@ -40,7 +40,8 @@ def _candidates(s: Setting) -> Iterator[tuple[str, Policy]]:
     yield "nitsum itself", build("nitsum", s)
 
 
-def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: str = NAME) -> RunResult:
+def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], known: Mapping[str, RunResult]) -> RunResult:
+    """`known`: by policy, of this setting and traffic."""
     results: list[tuple[int, str, RunResult]] = []
     runs = list(_candidates(s))
 
@@ -48,10 +49,11 @@ def best(s: Setting, traffic: Traffic, progress: Callable[[float], None], name: 
         progress((len(results) * traffic.duration_s + at) / (len(runs) + 1))
 
     for told, policy in runs:
-        result = Fleet(policy, s.nodes, s.model, traffic).run(passed)
+        done = known.get("nitsum") if policy.name == "nitsum" else None
+        result = done or Fleet(policy, s.nodes, s.model, traffic).run(passed)
         results.append((met_all(s.pool, result), told, result))
-    bound = partition.best(s, traffic, passed)
+    bound = known.get(partition.NAME) or partition.best(s, traffic, passed)
     results.append((met_all(s.pool, bound), f"nothing, and nothing changed: {bound.note}", bound))
     _, told, result = max(results, key=lambda r: r[0])
     note = f"our planner, switches free and KV kept; the best of {len(results)} in hindsight: told {told}; its search is our planner's"
-    return replace(result, policy=name, note=note)
+    return replace(result, policy=NAME, note=note)
