@@ -1,5 +1,7 @@
 """From agents' reports to what the planner sees."""
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,7 @@ from nitsum_api.conditions import Reason
 from nitsum_api.gateway.v1 import gateway_pb2
 from nitsum_api.types.v1 import types_pb2
 
+log = logging.getLogger(__name__)
 ROLES = {types_pb2.ROLE_MIXED: Role.MIXED, types_pb2.ROLE_PREFILL: Role.PREFILL, types_pb2.ROLE_DECODE: Role.DECODE}
 
 
@@ -97,7 +100,14 @@ def node_of(agent: Agent, legal_tp: Mapping[str, tuple[int, ...]]) -> Node:
 
 
 def windows(report: gateway_pb2.DemandReport) -> list[Window]:
-    """One gateway's report as the estimator takes it."""
+    """One gateway's report as the estimator takes it, less the tiers whose figures are no numbers: one of those would stay in every later
+    estimate."""
+
+    def counts(t: gateway_pb2.TierDemand) -> bool:
+        figures = (report.window_s, t.arrivals_squared, *(s.sum for s in (t.prompt_tokens, t.output_tokens)))
+        if not (sound := all(math.isfinite(f) and f >= 0 for f in figures)):
+            log.warning("gateway %s: demand of %s, tier %s, left out: %s", report.gateway_id, t.pool.name, t.tier, figures)
+        return sound
 
     def sketch(s: types_pb2.LengthSketch) -> tuple[Mapping[int, float], int, float]:
         return ours(dict(s.buckets), s.gamma), s.zero_count, s.sum
@@ -118,4 +128,5 @@ def windows(report: gateway_pb2.DemandReport) -> list[Window]:
             report.gateway_id,
         )
         for t in report.tiers
+        if counts(t)
     ]

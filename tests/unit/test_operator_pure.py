@@ -1,6 +1,7 @@
 """The operator's pure parts: which spec is in force, when a directive differs, who gets which term."""
 
 import json
+import math
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -192,6 +193,14 @@ def test_sketches_of_another_gamma_are_told_in_ours() -> None:
     (at,) = window.output[0]
     assert GAMMA**at == pytest.approx(1.1**50, rel=0.02)
     assert window.running == window.output[0] == {at: 4}
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0])
+def test_figures_that_are_no_numbers_do_not_stay_in_the_estimate(wrong: float, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [gateway_pb2.TierDemand(tier="chat", prompt_tokens=types_pb2.LengthSketch(sum=wrong)), gateway_pb2.TierDemand(tier="batch")]
+    assert [w.tier for w in windows(gateway_pb2.DemandReport(window_s=1.0, tiers=rows))] == ["batch"]
+    assert "tier chat, left out" in caplog.text
+    assert windows(gateway_pb2.DemandReport(window_s=wrong, tiers=rows)) == []
 
 
 def test_small_drift_of_limits_is_no_directive() -> None:
