@@ -5,7 +5,7 @@ What it changes goes to nodes as any plan does: the operator sends limits that h
 
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
-from nitsum.planner.question import ask, kinds, stale
+from nitsum.planner.question import ask, kinds, stale, standing
 from nitsum.planner.serve import serve
 from nitsum.planner.types import Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import goodput, outlook, profile, told
@@ -30,7 +30,7 @@ class FastPlane:
                 decided.append(Decided(q, tuple(as_placed(q, snapshot.nodes)), None, plan, True))
                 continue
             placed = as_placed(q)
-            found = kinds(q, snapshot, self._capacity, tuple(sorted({len(p.gpus) for p in placed if p.split is None})))
+            found = kinds(q, snapshot, self._capacity, standing(placed))
             serving = serve(q, found, placed, snapshot.settings.gain_min)
             changed = {p.key: p.tiers for p in placed} != {p.key: p.tiers for p in serving.placed}
             why = f"{told(placed)} stays{': which tiers its groups serve follows demand' if changed else ''}"

@@ -18,14 +18,16 @@ SURGES = ((1.1, 2.0), (2.0, 1e-2), (4.0, 3e-3), (1e4, 1e-4))
 """(multiple of the demand up to which the piece goes, worth of a request/s in it). The first: at its safe rate a group holds the share that
 is asked for, with a little slack nearly all."""
 REACH, REST = 11.0, 1.0
-"""Worth of a request/s up to the target, and from there up to the demand."""
+"""Worth of a request/s up to the target, and from there up to what surely comes."""
+INSURED = 3.0
+"""From there up to the demand with headroom: it comes with less than half the probability, or is served at some cost to safety."""
 KEEP = 1e-3
 """Cost of a group that did not run before, relative to a tier's score: between equals, what runs stays."""
 
 
 @dataclass(frozen=True)
 class Want:
-    """Demand of one tier: requests/s with headroom, the share that must be met, its weight."""
+    """Demand of one tier: requests/s with headroom, the share that must be met, its weight; `sure`: what comes for sure, 0: all of it."""
 
     pool: str
     tier: str
@@ -34,6 +36,12 @@ class Want:
     weight: float
     surge_max: float = 1e4
     """Multiple of the rate beyond which more capacity is worth nothing."""
+    sure: float = 0.0
+
+    @cached_property
+    def least(self) -> float:
+        """requests/s of which less than this served means that the tier goes short."""
+        return self.sure or self.rate
 
     def pieces(self) -> tuple[tuple[float, float], ...]:
         """(width in requests/s, worth of one, weight included); worth falls from piece to piece, so filling them in order is optimal."""
@@ -41,14 +49,15 @@ class Want:
 
     @cached_property
     def _pieces(self) -> tuple[tuple[float, float], ...]:
-        ends = ((self.target, REACH), (1.0, REST), *((min(end, self.surge_max), worth) for end, worth in SURGES))
+        surges = ((self.rate * min(end, self.surge_max), worth) for end, worth in SURGES)
+        ends = ((self.target * self.least, REACH), (self.least, REST), (self.rate, INSURED), *surges)
         starts = (0.0, *(end for end, _ in ends))
-        return tuple((self.rate * (end - start), self.weight * worth) for (end, worth), start in zip(ends, starts, strict=False))
+        return tuple((end - start, self.weight * worth) for (end, worth), start in zip(ends, starts, strict=False))
 
 
 RATE_MIN = 1e-3
 """requests/s of a group below which it counts as unable."""
-PIECES = 2 + len(SURGES)
+PIECES = 3 + len(SURGES)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Kind:
     held: float | None = None
     """Not None: of one tier whose targets a group can hold at this rate only; `rates` is what some of its requests would meet beyond it."""
     split: Split | None = None
+    attained: tuple[tuple[float, float], ...] = ()
+    """By tier: shares met at half of the rate, and at the rate. Empty: not known."""
 
     @cached_property
     def shape(self) -> Shape:
@@ -230,9 +241,9 @@ def lack(problem: Problem, answer: Answer) -> float:
     """Worth of the demand that is not served, of tiers that are short."""
     lost = 0.0
     for w in problem.wants:
-        if (got := answer.served[w.pool, w.tier]) < SHORT * w.rate:
-            reached = max(w.target * w.rate - got, 0.0)
-            lost += w.weight * (REACH * reached + REST * (w.rate - max(got, w.target * w.rate)))
+        if (got := answer.served[w.pool, w.tier]) < SHORT * w.least:
+            reached = max(w.target * w.least - got, 0.0)
+            lost += w.weight * (REACH * reached + REST * (w.least - max(got, w.target * w.least)))
     return lost
 
 

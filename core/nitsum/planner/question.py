@@ -1,17 +1,19 @@
 """From a Snapshot to the slow plane's Problem: demand with headroom, kinds of groups with their rates, classes of equal nodes."""
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from statistics import NormalDist
 
+from nitsum.attainment import MARGIN
 from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode, Group, Role
 from nitsum.perf import KvLoad
 from nitsum.perf.memory import worth_residing
 from nitsum.planner import offer
 from nitsum.planner.capacity import Capacity, Mark, mark, version
-from nitsum.planner.place import Key, Running
+from nitsum.planner.place import Key, Placed, Running
 from nitsum.planner.problem import SURGES, Class, Counts, Kind, Problem, Want
 from nitsum.planner.sharing import crowd_of, runs_of, work
 from nitsum.planner.split import Shape, Split, read, shape_of
@@ -33,6 +35,8 @@ class PoolQuestion:
     pool: Pool
     demand: dict[str, TierDemand]
     """With headroom."""
+    expected: dict[str, float]
+    """requests/s without it."""
     tps: tuple[int, ...]
     """Degrees that are legal and worth being resident."""
     nodes: tuple[NodeView, ...]
@@ -161,7 +165,8 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     demand = {t.name: headroom(seen.get(t.name, TierDemand(pool.name, t.name, 0.0)), quantile) for t in pool.tiers}
     mark = f"-{pool.checkpoint}" if pool.checkpoint else ""
     running = had if blocked else _fits(pool, mark, nodes, tps, budget)
-    return PoolQuestion(pool, demand, tps, tuple(nodes), running, had, budget, blocked, tuple(t for t in legal if t not in tps))
+    expected = {t.name: max(seen[t.name].rate if t.name in seen else 0.0, PRIOR_RATE) for t in pool.tiers}
+    return PoolQuestion(pool, demand, expected, tps, tuple(nodes), running, had, budget, blocked, tuple(t for t in legal if t not in tps))
 
 
 def stale(pool: str, snapshot: Snapshot, now: float) -> bool:
@@ -170,9 +175,12 @@ def stale(pool: str, snapshot: Snapshot, now: float) -> bool:
     return not known or all(now - d.observed_at > snapshot.settings.stale_after_s for d in known)
 
 
-def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: tuple[int, ...] | None = None) -> tuple[Kind, ...]:
+def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, stand: Mapping[int, int] | None = None) -> tuple[Kind, ...]:
     """Runs of neighbours in strictness (few, or all), at every TP. A pool without SLOs has one kind per TP for its background tiers.
-    Then split blocks: those that run, and without `tps` those that are worth it (`offer`)."""
+    Then split blocks: those that run, and without `stand` those that are worth it (`offer`).
+
+    `stand`: how many groups of which TP there are, where that is settled: a tier is spread over no more than those.
+    """
     pool, tiers = question.pool, question.slo_tiers
     model = snapshot.step_times[pool.name]
     marks = {t.name: mark(question.demand[t.name]) for t in tiers}
@@ -182,9 +190,9 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
     numbers = {name: capacity.number(m) for name, m in marks.items()}
     lengths = [tuple([numbers[t] for t, _, _ in sharing]) for sharing in runs]
     found: list[Kind | None] = []
-    for tp_size in question.tps if tps is None else tps:
+    for tp_size in question.tps if stand is None else sorted(stand):
         works = {t.name: work(question.demand[t.name], model, tp_size) for t in tiers}
-        whole, groups = sum(works.values()), question.budget // tp_size
+        whole, groups = sum(works.values()), question.budget // tp_size if stand is None else stand[tp_size]
         alone = {t: ALONE * crowd_of(groups, part / whole) for t, part in works.items()}
         for sharing, length in zip(runs, lengths, strict=True):
             crowd = crowd_of(groups, sum([works[t] for t, _, _ in sharing]) / whole)
@@ -203,13 +211,19 @@ def kinds(question: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tps: t
             if len(sharing) == 1 or all(s.rate for s in safe):  # else fewer share it as well
                 names = tuple(t for t, _, _ in sharing)
                 rates, binding, batches = tuple(s.rate for s in safe), tuple(s.binding for s in safe), tuple(s.batch for s in safe)
-                kind = Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None)
+                attained = tuple(s.attained for s in safe)
+                kind = Kind(pool.name, tp_size, names, rates, binding, batches, safe[0].partly if len(safe) == 1 else None, None, attained)
             found.append(kind)
             known[key] = kind, not capacity.guessed
         if not tiers:
             found.append(Kind(pool.name, tp_size, (), ()))
     mixed = tuple(k for k in found if k is not None)
-    return mixed + _blocks(question, snapshot, capacity, marks, mixed if tps is None else None)
+    return mixed + _blocks(question, snapshot, capacity, marks, mixed if stand is None else None)
+
+
+def standing(placed: Iterable[Placed]) -> Mapping[int, int]:
+    """Groups by TP, those of split blocks left out."""
+    return Counter(len(p.gpus) for p in placed if p.split is None)
 
 
 def _blocks(
@@ -287,8 +301,10 @@ def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float, dwell_s:
 
 
 def wants(question: PoolQuestion, surge_max: float = SURGES[-1][0]) -> list[Want]:
+    """What surely comes is what groups can serve at all, who are rated at MARGIN of it."""
     d, name = question.demand, question.pool.name
-    return [Want(name, t.name, d[t.name].rate, t.target, t.weight, surge_max) for t in question.slo_tiers]
+    sure = {t.name: MARGIN * question.expected[t.name] for t in question.slo_tiers}
+    return [Want(name, t.name, d[t.name].rate, t.target, t.weight, surge_max, sure[t.name]) for t in question.slo_tiers]
 
 
 def sizes_of(of: tuple[Kind, ...]) -> set[int]:

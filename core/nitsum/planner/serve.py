@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from nitsum.planner import greedy
+from nitsum.planner import greedy, relabel
 from nitsum.planner.place import Placed, Running, Slot, labelled
 from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
@@ -175,7 +175,10 @@ def serve(
         best = _narrowed(asked, _best(asked))  # as it would serve
         parts = _short(asked, chosen) and _apart(asked, best) and not _apart(asked, chosen)
         earns_more = best.score > (APART if parts else 1.0) * chosen.score
-        if earns_more if parts or anew else wins(asked, best, chosen, gain_min):
+        if not (parts or anew):
+            lost = relabel.lost(asked, {t.name: t for t in q.slo_tiers}, q.demand, now, best)
+            earns_more = wins(asked, replace(best, score=best.score - lost), chosen, gain_min)
+        if earns_more:
             chosen = best
     counts = dict(chosen.counts)
     for c, shape in enumerate(shapes):

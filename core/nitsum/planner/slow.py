@@ -18,7 +18,8 @@ from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.place import Placed, Running, Slot, place
 from nitsum.planner.problem import Answer, Counts, Kind, Problem, value, wins
-from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale
+from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale, standing
+from nitsum.planner.rating import apart, rated
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import crowded, describe, goodput, outlook, parts, profile, shape, told
@@ -132,7 +133,7 @@ class SlowPlane:
         ended = {u for key in q.had for u in key[2]} - {u for key in q.running for u in key[2]}
         placed = fill([q], placed, used - ended, found, max(p.widest for p in placed))
         used |= {g.uuid for p in placed for g in p.gpus}
-        serving = self._flowing(serve(q, found, placed, settings.gain_min))
+        serving = self._flowing(serve(q, self._seen(q, placed, snapshot, found), placed, settings.gain_min))
         reasons, would = [profile(q, snapshot), *_repaired(q, placed)], False
         rejected: tuple[str, ...] = ()
         if not why:
@@ -187,14 +188,25 @@ class SlowPlane:
         gain_min = min(gain_asked(q, snapshot, now) for q in moves)
         asked, members, _ = problem(moves, snapshot, self._capacity, barred)
         usual = snapshot.settings.gain_min  # which tiers groups serve is the fast plane's: with its eyes, or labels go to and fro
-        runs = {q.pool.name: relabelled(as_placed(q), as_kinds(q, asked.kinds, as_placed(q), usual)) for q in moves}
+        runs = {}
+        for q in moves:
+            stands = as_placed(q)
+            runs[q.pool.name] = relabelled(stands, as_kinds(q, self._seen(q, stands, snapshot, asked.kinds), stands, usual))
         running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
         counts = counts_of(asked.kinds, members, running)
         current = self._at_best(asked, value(asked, counts, "as it runs"))
         losses = [flip_loss(q, snapshot, _score(asked, current, q.pool.name), dwell(q, snapshot, now)) for q in moves]
         asked = replace(asked, flip_loss=dict(ChainMap(*losses)))
         base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
-        return _Choice(asked, members, runs, counts, current, base, self._best(asked), gain_min)
+        best = rated(asked, self._best(asked))
+        if len(asked.wants) > 1 and any(len(asked.kinds[k].tiers) > 1 for _, k in best.counts):
+            best = max(best, rated(asked, self._best(apart(asked))), key=lambda a: a.score)
+        return _Choice(asked, members, runs, counts, rated(asked, current), rated(asked, base), best, gain_min)
+
+    def _seen(self, q: PoolQuestion, placed: list[Placed], snapshot: Snapshot, found: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        """Kinds of the groups that there will be, as the fast plane will see them; of split blocks those of `found`."""
+        mixed = tuple(k for k in kinds(q, snapshot, self._capacity, standing(placed)) if k.split is None)
+        return mixed + tuple(k for k in found if k.split is not None and k.pool == q.pool.name)
 
     def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
         c = self._choice(moves, snapshot, now, barred)
@@ -212,7 +224,8 @@ class SlowPlane:
         decided = []
         for q in moves:
             mine = [p for p in placed if p.pool == q.pool.name]
-            labels = serve(q, asked.kinds, mine, gain_min, True, self._at_best) if change else serve(q, asked.kinds, mine, usual)
+            seen = self._seen(q, mine, snapshot, asked.kinds)
+            labels = serve(q, seen, mine, gain_min, True, self._at_best) if change else serve(q, seen, mine, usual)
             serving = self._flowing(labels)
             answers, lasts = (c.current, base, best, answer), dwell(q, snapshot, now)
             decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, answers, change, gain_min, lasts)))

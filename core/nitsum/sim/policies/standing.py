@@ -11,7 +11,7 @@ from nitsum.planner import Plan, PoolPlan, Snapshot
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.limits import Block
-from nitsum.planner.question import PoolQuestion, ask, kinds
+from nitsum.planner.question import PoolQuestion, ask, kinds, standing
 from nitsum.planner.serve import as_labelled
 from nitsum.planner.split import Split
 
@@ -36,8 +36,7 @@ class Standing:
         for pool in sorted(snapshot.pools, key=lambda p: p.name):
             q = asked[pool.name] = ask(pool, snapshot)
             placed = as_placed(q)
-            widths = sorted({len(p.gpus) for p in placed if p.split is None})
-            serving = as_labelled(q, kinds(q, snapshot, self._capacity, tuple(widths)), placed)
+            serving = as_labelled(q, kinds(q, snapshot, self._capacity, standing(placed)), placed)
             decided.append(Decided(q, serving.placed, serving, PoolPlan(pool.name, q.gpus, 0.0, (), ())))
         plan = compose(decided, snapshot, self._capacity, resident=False)
         roles = {(n.node.agent_id, g.group_id): g.role for n in snapshot.nodes for g in n.layout.groups if g.role is not Role.MIXED}

@@ -1,0 +1,48 @@
+"""What an answer is worth when it counts that a lightly loaded group meets more than the target share of its requests.
+
+The search takes a group for good up to its safe rate. Where several answers serve all that is asked for, it cannot tell one whose tiers
+just reach their shares from one where hardly a request misses: that is told here, of answers that are found.
+"""
+
+from dataclasses import replace
+
+from nitsum.planner.problem import REACH, Answer, Kind, Problem
+
+
+def met(kind: Kind, used: float, tier: str) -> float:
+    """Share of the requests of a tier alone that meet their targets where they take this part of a group's time."""
+    half, whole = kind.attained[kind.tiers.index(tier)]
+    return half + (whole - half) * (2 * used - 1) if used > 0.5 else 1 - (1 - half) * 2 * used
+
+
+def rated(asked: Problem, answer: Answer) -> Answer:
+    """With the worth of what misses all the same taken off its score.
+
+    Tiers that share a group miss together, each as much as those that take its time make it: their misses weigh by the time they take.
+    """
+    wants = {(w.pool, w.tier): w for w in asked.wants}
+    groups: dict[int, int] = {}
+    for (_, k), n in answer.counts.items():
+        groups[k] = groups.get(k, 0) + n
+    lost = 0.0
+    for k, n in groups.items():
+        kind = asked.kinds[k]
+        if not kind.attained or kind.held is not None:
+            continue
+        flows: dict[str, float] = {}
+        for t in kind.tiers:
+            want = wants.get((kind.pool, t))
+            if want is not None and (flow := answer.flows.get((k, t), 0.0)) > 0:
+                flows[t] = flow * min(want.rate / answer.safe[kind.pool, t], 1.0)
+        uses = {t: flow / kind.rate(t) / n for t, flow in flows.items()}
+        if (used := sum(uses.values())) <= 0:
+            continue
+        missed = sum(use / used * (1 - met(kind, min(used, 1.0), t)) for t, use in uses.items())
+        lost += missed * REACH * sum(wants[kind.pool, t].weight * flow for t, flow in flows.items())
+    return replace(answer, score=answer.score - lost)
+
+
+def apart(asked: Problem) -> Problem:
+    """The same question where no group may be shared."""
+    alone = tuple(k if len(k.tiers) == 1 else replace(k, rates=(0.0,) * len(k.rates)) for k in asked.kinds)
+    return replace(asked, kinds=alone)

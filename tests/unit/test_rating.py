@@ -1,0 +1,61 @@
+"""What misses all the same comes off a plan's score, and labels that leave long streams behind cost."""
+
+from dataclasses import replace
+
+import pytest
+
+from nitsum.demand import TierDemand
+from nitsum.planner import relabel
+from nitsum.planner.problem import REACH, Class, Kind, Problem, Want, value
+from nitsum.planner.rating import apart, met, rated
+from nitsum.pool import Tier
+
+SHARED = Kind("p", 1, ("fast", "slow"), (10.0, 2.0), attained=((1.0, 1.0), (0.98, 0.95)))
+FAST = Kind("p", 1, ("fast",), (12.0,), attained=((1.0, 0.99),))
+SLOW = Kind("p", 1, ("slow",), (4.0,), attained=((1.0, 1.0),))
+
+
+def asked(fast: float, slow: float, *kinds: Kind, gpus: int = 2) -> Problem:
+    wants = (Want("p", "fast", fast, 0.95, 1.0), Want("p", "slow", slow, 0.95, 1.0))
+    return Problem(wants, kinds, (Class(1, gpus, frozenset({"p"}), {1: gpus}),), {"p": gpus})
+
+
+def test_half_used_groups_miss_half_as_much_as_at_half_their_rate_and_full_ones_all() -> None:
+    assert [met(SHARED, used, "slow") for used in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([1.0, 0.99, 0.98, 0.965, 0.95])
+
+
+def test_tiers_that_share_a_group_miss_by_who_takes_its_time() -> None:
+    """`slow` takes 0.8 of it, `fast` 0.1, who alone would miss nothing; both miss what `slow` makes them."""
+    p = asked(1.0, 1.6, SHARED, gpus=1)
+    answer = value(p, {(0, 0): 1}, "test")
+    missed = (0.1 * 0.0 + 0.8 * (1 - met(SHARED, 0.9, "slow"))) / 0.9
+    assert answer.score - rated(p, answer).score == pytest.approx(missed * REACH * 2.6)
+
+
+def test_of_answers_that_serve_all_the_one_with_fewer_misses_is_rated_higher() -> None:
+    p = asked(4.0, 2.0, SHARED, FAST, SLOW)
+    together, alone = value(p, {(0, 0): 2}, "test"), value(p, {(0, 1): 1, (0, 2): 1}, "test")
+    assert together.served == alone.served
+    assert rated(p, alone).score - alone.score > rated(p, together).score - together.score
+    assert not any(rate for k in apart(p).kinds for rate in k.rates if len(k.tiers) > 1)
+
+
+def test_what_is_not_known_costs_nothing() -> None:
+    p = asked(4.0, 2.0, replace(SHARED, attained=()))
+    answer = value(p, {(0, 0): 2}, "test")
+    assert rated(p, answer) == answer
+
+
+def lost(now: int, then: int, output: float) -> float:
+    """One of two groups changes from the kind `now` to `then`."""
+    p = asked(4.0, 2.0, FAST, SLOW)
+    tiers = {"fast": Tier("fast", 500, 10), "slow": Tier("slow", 5000, 50)}
+    demand = {t: TierDemand("p", t, 1.0, output_tokens_mean=output) for t in tiers}
+    before = {(0, now): 2}
+    return relabel.lost(p, tiers, demand, before, value(p, {(0, now): 1, (0, then): 1}, "test"))
+
+
+def test_a_strict_tier_pays_for_the_long_streams_that_a_loose_one_leaves_behind() -> None:
+    assert 0 < lost(1, 0, 100.0) < lost(1, 0, 1000.0) <= REACH * 4.0
+    assert lost(0, 1, 1000.0) == 0, "those of a strict tier end in time for a loose one"
+    assert lost(1, 1, 1000.0) == 0
