@@ -94,9 +94,7 @@ def plans(quick: bool, short: bool = False, exactly: int | None = None) -> tuple
     if short:
         few = {"Llama-3.1-8B": FEW, "Qwen3-32B": FEW_32B}
         seeds, duration_s, flips = (1, 1), 300.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
-        tables: tuple[Plan, ...] = tuple(
-            Plan("8 H100", model, 8, mixes, (0.7, 1.0, 1.3), few[model], duration_s) for model in few
-        )
+        tables: tuple[Plan, ...] = tuple(Plan("8 H100", model, 8, mixes, (0.7, 1.0, 1.3), few[model], duration_s) for model in few)
         tables += tuple(Plan("64 H100", model, 64, mixes[:4], (1.0,), few[model], 60.0, lower_max=0) for model in few)
     elif quick:
         tables = (Plan("8 H100", "Llama-3.1-8B", 8, mixes[1:5], (0.7, 1.0), FEW, 60.0, lower_max=1),)

@@ -61,13 +61,8 @@ def applied(nodes: tuple[NodeView, ...], p: Plan) -> tuple[NodeView, ...]:
 def worth(p: Plan, headroom: float = 1 + 0.1 * NormalDist().inv_cdf(0.9)) -> float:
     """What the objective says of the first pool, capacity for surges left out. `headroom`: planned over expected rates."""
     weights = {t.name: (t.target, t.weight) for t in TIERS}
-    total = 0.0
-    for t in p.pools[0].tiers:
-        left = t.safe_rate
-        for width, value in Want("p", t.tier, t.rate, *weights[t.tier], sure=MARGIN * t.rate / headroom).pieces()[:3]:
-            total += min(left, width) * value
-            left -= min(left, width)
-    return total
+    wants = [(t, Want("p", t.tier, t.rate, *weights[t.tier], sure=MARGIN * t.rate / headroom)) for t in p.pools[0].tiers]
+    return sum(w.earned(min(t.safe_rate, t.rate)) for t, w in wants)
 
 
 def widths(p: Plan) -> list[int]:

@@ -6,7 +6,7 @@ import pytest
 
 from nitsum.demand import TierDemand
 from nitsum.planner import relabel
-from nitsum.planner.problem import REACH, Class, Kind, Problem, Want, value
+from nitsum.planner.problem import REACH, REST, Answer, Class, Kind, Problem, Want, value
 from nitsum.planner.rating import apart, met, rated
 from nitsum.pool import Tier
 
@@ -29,7 +29,19 @@ def test_tiers_that_share_a_group_miss_by_who_takes_its_time() -> None:
     p = asked(1.0, 1.6, SHARED, gpus=1)
     answer = value(p, {(0, 0): 1}, "test")
     missed = (0.1 * 0.0 + 0.8 * (1 - met(SHARED, 0.9, "slow"))) / 0.9
-    assert answer.score - rated(p, answer).score == pytest.approx(missed * REACH * 2.6)
+    each = (0.95 * REACH + 0.05 * REST) * 2.6
+    assert answer.score - rated(p, answer).score == pytest.approx(missed * each)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.7, 0.95])
+def test_more_groups_are_never_rated_lower_whatever_share_is_asked_for(target: float) -> None:
+    kind = Kind("p", 1, ("fast",), (2.0,), attained=(((1 + target) / 2, target),))
+    scores = []
+    for n in range(1, 9):
+        p = Problem((Want("p", "fast", 11.3, target, 1.0, sure=9.0),), (kind,), (Class(1, 8, frozenset({"p"}), {1: 8}),), {"p": 8})
+        scores.append(rated(p, value(p, {(0, 0): n}, "test")).score)
+    assert scores == sorted(scores)
+    assert scores[0] > 0
 
 
 def test_of_answers_that_serve_all_the_one_with_fewer_misses_is_rated_higher() -> None:
@@ -46,12 +58,12 @@ def test_what_is_not_known_costs_nothing() -> None:
     assert rated(p, answer) == answer
 
 
-def lost(now: int, then: int, output: float) -> float:
+def lost(now: int, then: int, output: float, served: float = 9.0) -> float:
     """One of two groups changes from the kind `now` to `then`."""
     p = asked(4.0, 2.0, FAST, SLOW)
     tiers = {"fast": Tier("fast", 500, 10), "slow": Tier("slow", 5000, 50)}
     demand = {t: TierDemand("p", t, 1.0, output_tokens_mean=output) for t in tiers}
-    before = {(0, now): 2}
+    before = Answer({(0, now): 2}, 0.0, {("p", "fast"): served, ("p", "slow"): served}, {}, {}, "test")
     return relabel.lost(p, tiers, demand, before, value(p, {(0, now): 1, (0, then): 1}, "test"))
 
 
@@ -59,3 +71,13 @@ def test_a_strict_tier_pays_for_the_long_streams_that_a_loose_one_leaves_behind(
     assert 0 < lost(1, 0, 100.0) < lost(1, 0, 1000.0) <= REACH * 4.0
     assert lost(0, 1, 1000.0) == 0, "those of a strict tier end in time for a loose one"
     assert lost(1, 1, 1000.0) == 0
+    assert lost(1, 0, 1000.0, served=0.0) == 0, "a tier that is short takes what it can get, whoever runs there"
+
+
+@pytest.mark.parametrize(("target", "sure"), [(0.95, 9.0), (0.5, 9.0), (0.95, 0.0), (1.0, 20.0)])
+def test_worth_falls_from_piece_to_piece_and_every_width_is_real(target: float, sure: float) -> None:
+    want = Want("p", "fast", 11.3, target, 2.0, sure=sure)
+    worths = [worth for _, worth in want.pieces()]
+    assert worths == sorted(worths, reverse=True)
+    assert all(width >= 0 for width, _ in want.pieces())
+    assert want.earned(11.3) == pytest.approx(want.earned(1e9)), "what lies beyond the demand is not counted"

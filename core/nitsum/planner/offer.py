@@ -4,7 +4,7 @@ all; none where mixed groups have room or take hardly more GPUs for the same, si
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from nitsum.attainment import BUSY_MAX, Safe
@@ -58,7 +58,7 @@ def safe_in(role: Role, a: Asked, capacity: Capacity, tp_size: int, sharing: Sha
         in_role = handover.goal_in(role, goal)
         safe = capacity.of(a.model, tp_size, whose, m, in_role, a.resident, invited, False, crowd, role, load_ms)
         most = handover.linked(load_ms)
-        found.append(safe if safe.rate <= most else Safe(most, "hand-over", safe.batch))
+        found.append(safe if safe.rate <= most else replace(safe, rate=most, binding="hand-over"))
     return tuple(found)
 
 
@@ -81,7 +81,11 @@ class _Offer:
         rates = tuple(min(p, d) for p, d, _, _ in sides)
         binding = tuple(f"{of} of prefill" if p <= d else f"{at} of decode" for p, d, of, at in sides)
         batches = tuple(split.decode * d.batch for d in decode)
-        return Kind(self.a.pool, split.gpus, tuple(t for t, _, _ in sharing), rates, binding, batches, split=split)
+        names = tuple(t for t, _, _ in sharing)
+        attained = tuple(  # TTFT on one side, TPOT on the other
+            (p.attained[0] * d.attained[0], p.attained[1] * d.attained[1]) for p, d in zip(prefill, decode, strict=True)
+        )
+        return Kind(self.a.pool, split.gpus, names, rates, binding, batches, split=split, attained=attained)
 
     def needs(self, kind: Kind) -> float:
         """GPUs for the demand of its tiers."""

@@ -40,8 +40,16 @@ class Want:
 
     @cached_property
     def least(self) -> float:
-        """requests/s of which less than this served means that the tier goes short."""
-        return self.sure or self.rate
+        """requests/s; what of it is not served counts as lacking (`lack`)."""
+        return min(self.sure or self.rate, self.rate)
+
+    def earned(self, served: float) -> float:
+        """Worth of what is served, capacity for surges left out."""
+        worth = 0.0
+        for width, each in sorted(self._natural[:DEMAND], key=lambda piece: -piece[1]):
+            got = min(served, width)
+            worth, served = worth + got * each, served - got
+        return worth
 
     def pieces(self) -> tuple[tuple[float, float], ...]:
         """(width in requests/s, worth of one, weight included); worth falls from piece to piece, so filling them in order is optimal."""
@@ -49,6 +57,10 @@ class Want:
 
     @cached_property
     def _pieces(self) -> tuple[tuple[float, float], ...]:
+        return tuple(sorted(self._natural, key=lambda piece: -piece[1]))
+
+    @cached_property
+    def _natural(self) -> tuple[tuple[float, float], ...]:
         surges = ((self.rate * min(end, self.surge_max), worth) for end, worth in SURGES)
         ends = ((self.target * self.least, REACH), (self.least, REST), (self.rate, INSURED), *surges)
         starts = (0.0, *(end for end, _ in ends))
@@ -57,7 +69,9 @@ class Want:
 
 RATE_MIN = 1e-3
 """requests/s of a group below which it counts as unable."""
-PIECES = 3 + len(SURGES)
+DEMAND = 3
+PIECES = DEMAND + len(SURGES)
+"""Of a tier's demand, and with what lies beyond."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +266,7 @@ def wins(problem: Problem, best: Answer, stays: Answer, gain_min: float) -> bool
     since a tier with few requests or little weight would never be worth a part of the whole."""
     if best.score <= stays.score + 1e-9:
         return False
-    if best.score > stays.score * (1 + gain_min):
+    if best.score > stays.score + gain_min * abs(stays.score):
         return True
     before = lack(problem, stays)
     return before > 0 and before - lack(problem, best) > LESS * before

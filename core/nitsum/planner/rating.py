@@ -6,7 +6,7 @@ just reach their shares from one where hardly a request misses: that is told her
 
 from dataclasses import replace
 
-from nitsum.planner.problem import REACH, Answer, Kind, Problem
+from nitsum.planner.problem import Answer, Kind, Problem
 
 
 def met(kind: Kind, used: float, tier: str) -> float:
@@ -24,6 +24,7 @@ def rated(asked: Problem, answer: Answer) -> Answer:
     groups: dict[int, int] = {}
     for (_, k), n in answer.counts.items():
         groups[k] = groups.get(k, 0) + n
+    each = {key: want.earned(got) / got if (got := answer.served[key]) > 0 else 0.0 for key, want in wants.items()}
     lost = 0.0
     for k, n in groups.items():
         kind = asked.kinds[k]
@@ -38,7 +39,7 @@ def rated(asked: Problem, answer: Answer) -> Answer:
         if (used := sum(uses.values())) <= 0:
             continue
         missed = sum(use / used * (1 - met(kind, min(used, 1.0), t)) for t, use in uses.items())
-        lost += missed * REACH * sum(wants[kind.pool, t].weight * flow for t, flow in flows.items())
+        lost += missed * sum(each[kind.pool, t] * flow for t, flow in flows.items())
     return replace(answer, score=answer.score - lost)
 
 

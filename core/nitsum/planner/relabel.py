@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from nitsum.attainment import Lengths, running_length
 from nitsum.demand import TierDemand
-from nitsum.planner.problem import REACH, Answer, Counts, Problem
+from nitsum.planner.capacity import PRIOR_OUTPUT
+from nitsum.planner.problem import REACH, Answer, Problem
 from nitsum.pool import Tier
 
 LASTS_S = 120.0
@@ -18,25 +19,28 @@ NO_TPOT_MS = 25.0
 
 def life_s(tier: Tier, demand: TierDemand) -> float:
     """How much longer a stream that runs is expected to run, at the pace that its tier allows: as long as it has run on average."""
-    tokens = running_length(0.0, Lengths(demand.output_tokens_mean, demand.output_tokens_cv))
+    tokens = running_length(0.0, Lengths(demand.output_tokens_mean or PRIOR_OUTPUT, demand.output_tokens_cv))
     return tokens * (tier.tpot_ms or NO_TPOT_MS) / 1e3
 
 
-def lost(asked: Problem, tiers: Mapping[str, Tier], demand: Mapping[str, TierDemand], now: Counts, then: Answer) -> float:
-    """Score that labels `then` lose to the streams that labels `now` have left behind."""
-    score, weights = 0.0, {w.tier: w.weight for w in asked.wants}
+def lost(asked: Problem, tiers: Mapping[str, Tier], demand: Mapping[str, TierDemand], now: Answer, then: Answer) -> float:
+    """Score that labels `then` lose to the streams that labels `now` have left behind. A tier that goes short `now` loses nothing."""
+    score, wants = 0.0, {w.tier: w for w in asked.wants if now.served[w.pool, w.tier] >= w.target * w.least}
     groups: Counter[int] = Counter()
     for (_, k), n in then.counts.items():
         groups[k] += n
     for c in range(len(asked.classes)):
-        was = Counter({k: n for (of, k), n in now.items() if of == c})
+        was = Counter({k: n for (of, k), n in now.counts.items() if of == c})
         will = Counter({k: n for (of, k), n in then.counts.items() if of == c})
         left = {t for k in was - will for t in asked.kinds[k].tiers}
         for k, n in (will - was).items():
             gone = [tiers[t] for t in left - asked.kinds[k].members if t in tiers]
             for t in asked.kinds[k].tiers:
-                strict = tiers[t].tpot_ms if t in tiers else None
+                if (want := wants.get(t)) is None:
+                    continue
+                strict = tiers[t].tpot_ms
                 slower = [g for g in gone if strict is not None and (g.tpot_ms or strict + 1) > strict]
                 part = max((min(life_s(g, demand[g.name]) / LASTS_S, 1.0) for g in slower), default=0.0)
-                score += part * weights.get(t, 0.0) * REACH * then.flows.get((k, t), 0.0) * n / groups[k]
+                flow = then.flows.get((k, t), 0.0) * min(want.rate / (then.safe[want.pool, t] or 1.0), 1.0)
+                score += part * want.weight * REACH * flow * n / groups[k]
     return score

@@ -14,6 +14,7 @@ from nitsum.planner import greedy, relabel
 from nitsum.planner.place import Placed, Running, Slot, labelled
 from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
+from nitsum.planner.rating import rated
 from nitsum.planner.split import Shape
 
 EVEN_MIN = 0.75
@@ -174,9 +175,11 @@ def serve(
     if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = _narrowed(asked, _best(asked))  # as it would serve
         parts = _short(asked, chosen) and _apart(asked, best) and not _apart(asked, chosen)
-        earns_more = best.score > (APART if parts else 1.0) * chosen.score
-        if not (parts or anew):
-            lost = relabel.lost(asked, {t.name: t for t in q.slo_tiers}, q.demand, now, best)
+        earns_more = best.score > APART * chosen.score
+        if anew and not parts:
+            earns_more = rated(asked, best).score > rated(asked, chosen).score
+        elif not parts:
+            lost = relabel.lost(asked, {t.name: t for t in q.slo_tiers}, q.demand, chosen, best)
             earns_more = wins(asked, replace(best, score=best.score - lost), chosen, gain_min)
         if earns_more:
             chosen = best

@@ -4,8 +4,9 @@
    GPUs are filled. That is repair, in every mode; anything more is a change, and must win.
 2. Pools that may not change now (no fresh demand, a flip running, cooling down, not Active) get no more than that; their GPUs are barred
    to others.
-3. For the rest one joint Problem. `base`: what runs after repair, with the best labels. `best`: the better of exact (HiGHS) and greedy. It
-   replaces `base` only where its score, less what the switch loses, is more by `gain_min`.
+3. For the rest one joint Problem. `base`: what runs after repair, with the best labels. `best`: the better of exact (HiGHS) and greedy,
+   with shared groups or without, less what misses all the same (`rating`). It replaces `base` only where its score, less what the switch
+   loses, is more by `gain_min`.
 4. Counts become GPUs with the least disturbance; which tiers each group serves is the fast plane's business (`serve`).
 """
 
