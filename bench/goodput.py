@@ -1,6 +1,6 @@
 """Goodput of every policy over mixes of recorded traces, loads and seeds: simulated, so every figure is modelled.
 
-usage: uv run python bench/goodput.py [--quick | --short] [--traces DIR] [--jobs N] [--only tables,even,ladder] [--json FILE]
+usage: uv run python bench/goodput.py [--quick | --short] [--seeds N] [--traces DIR] [--jobs N] [--only tables,even,ladder] [--json FILE]
 
 The traces lie outside the repository: `--traces`, or NITSUM_TRACES. Results of single cells are kept under `--results`; a sweep that was
 cut off goes on there. Seeds are added until the standard error of nitsum's and the oracle's mean attainment is at most 1 %, four at most.
