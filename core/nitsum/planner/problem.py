@@ -206,6 +206,14 @@ class Answer:
     by: str
     note: str = ""
 
+    @cached_property
+    def groups(self) -> Mapping[int, int]:
+        """By kind index, of all classes."""
+        found: dict[int, int] = {}
+        for (_, k), n in self.counts.items():
+            found[k] = found.get(k, 0) + n
+        return found
+
 
 def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
     """Score of `counts`, flows filled greedily. Never above the optimum of the flow problem.

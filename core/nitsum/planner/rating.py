@@ -21,12 +21,9 @@ def rated(asked: Problem, answer: Answer) -> Answer:
     Tiers that share a group miss together, each as much as those that take its time make it: their misses weigh by the time they take.
     """
     wants = {(w.pool, w.tier): w for w in asked.wants}
-    groups: dict[int, int] = {}
-    for (_, k), n in answer.counts.items():
-        groups[k] = groups.get(k, 0) + n
     each = {key: want.earned(got) / got if (got := answer.served[key]) > 0 else 0.0 for key, want in wants.items()}
     lost = 0.0
-    for k, n in groups.items():
+    for k, n in answer.groups.items():
         kind = asked.kinds[k]
         if not kind.attained or kind.held is not None:
             continue

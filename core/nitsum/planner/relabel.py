@@ -26,9 +26,6 @@ def life_s(tier: Tier, demand: TierDemand) -> float:
 def lost(asked: Problem, tiers: Mapping[str, Tier], demand: Mapping[str, TierDemand], now: Answer, then: Answer) -> float:
     """Score that labels `then` lose to the streams that labels `now` have left behind. A tier that goes short `now` loses nothing."""
     score, wants = 0.0, {w.tier: w for w in asked.wants if now.served[w.pool, w.tier] >= w.target * w.least}
-    groups: Counter[int] = Counter()
-    for (_, k), n in then.counts.items():
-        groups[k] += n
     for c in range(len(asked.classes)):
         was = Counter({k: n for (of, k), n in now.counts.items() if of == c})
         will = Counter({k: n for (of, k), n in then.counts.items() if of == c})
@@ -42,5 +39,5 @@ def lost(asked: Problem, tiers: Mapping[str, Tier], demand: Mapping[str, TierDem
                 slower = [g for g in gone if strict is not None and (g.tpot_ms or strict + 1) > strict]
                 part = max((min(life_s(g, demand[g.name]) / LASTS_S, 1.0) for g in slower), default=0.0)
                 flow = then.flows.get((k, t), 0.0) * min(want.rate / (then.safe[want.pool, t] or 1.0), 1.0)
-                score += part * want.weight * REACH * flow * n / groups[k]
+                score += part * want.weight * REACH * flow * n / then.groups[k]
     return score

@@ -14,7 +14,7 @@ from nitsum.planner import greedy, relabel
 from nitsum.planner.place import Placed, Running, Slot, labelled
 from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
-from nitsum.planner.rating import rated
+from nitsum.planner.rating import apart, rated
 from nitsum.planner.split import Shape
 
 EVEN_MIN = 0.75
@@ -52,12 +52,9 @@ class Serving:
         exact = self._at.get((shape, tiers))
         return exact if exact is not None or not self.asked.kinds else nearest(self.asked.kinds, self.asked.kinds[0].pool, shape, tiers)
 
-    def _groups(self, k: int) -> int:
-        return sum(n for (_, of), n in self.answer.counts.items() if of == k)
-
     def used(self, k: int) -> float:
         """Part of the time of a group of this kind that demand takes."""
-        kind, groups = self.asked.kinds[k], self._groups(k)
+        kind, groups = self.asked.kinds[k], self.answer.groups.get(k, 0)
         total = 0.0
         for w in self.asked.wants:
             if groups and (flow := self.answer.flows.get((k, w.tier), 0.0)) > 0:
@@ -75,9 +72,8 @@ def _best(asked: Problem) -> Answer:
     best = greedy.solve(asked)
     if not (short := _short(asked, best)) or len(asked.wants) < 2:
         return best
-    alone = tuple(k if len(k.tiers) == 1 else replace(k, rates=(0.0,) * len(k.rates)) for k in asked.kinds)
-    apart = greedy.solve(replace(asked, kinds=alone))
-    return apart if _short(asked, apart) <= short and apart.score > APART * best.score else best
+    alone = greedy.solve(apart(asked))
+    return alone if _short(asked, alone) <= short and alone.score > APART * best.score else best
 
 
 def _short(asked: Problem, answer: Answer) -> set[str]:
