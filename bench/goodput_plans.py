@@ -90,11 +90,11 @@ LADDER = "plain-tpN,aware-tpN,apart,static-partition,restart-tp,nitsum"
 
 def plans(quick: bool, short: bool = False, exactly: int | None = None) -> tuple[tuple[Plan, ...], Plan, Plan]:
     """(the tables, break-even, the ladder). `exactly`: seeds."""
-    mixes, grid = tuple(MIXES), (0.5, 0.7, 0.85, 1.0, 1.2, 1.45)
+    mixes, grid = tuple(MIXES), (0.7, 1.0, 1.3)
     if short:
         few = {"Llama-3.1-8B": FEW, "Qwen3-32B": FEW_32B}
         seeds, duration_s, flips = (1, 1), 300.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
-        tables: tuple[Plan, ...] = tuple(Plan("8 H100", model, 8, mixes, (0.7, 1.0, 1.3), few[model], duration_s) for model in few)
+        tables: tuple[Plan, ...] = tuple(Plan("8 H100", model, 8, mixes, grid, few[model], duration_s) for model in few)
         tables += tuple(Plan("64 H100", model, 64, mixes[:4], (1.0,), few[model], 60.0, lower_max=0) for model in few)
     elif quick:
         tables = (Plan("8 H100", "Llama-3.1-8B", 8, mixes[1:5], (0.7, 1.0), FEW, 60.0, lower_max=1),)
@@ -102,7 +102,7 @@ def plans(quick: bool, short: bool = False, exactly: int | None = None) -> tuple
     else:
         tables = tuple(Plan("8 H100", model, 8, mixes, grid, EVERY, 300.0, (2, 4)) for model in ("Llama-3.1-8B", "Qwen3-32B"))
         few = {"Llama-3.1-8B": FEW, "Qwen3-32B": FEW_32B}
-        tables += tuple(Plan("64 H100", model, 64, mixes[:4], (0.7, 1.0, 1.2), few[model], 90.0) for model in few)
+        tables += tuple(Plan("64 H100", model, 64, mixes[:4], grid, few[model], 60.0, (2, 4)) for model in few)
         seeds, duration_s, flips = (2, 4), 300.0, ",".join((*FLIPS, "static-partition", "resplit-tpN"))
     if exactly is not None:
         seeds = exactly, exactly
