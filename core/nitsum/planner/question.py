@@ -36,7 +36,7 @@ class PoolQuestion:
     demand: dict[str, TierDemand]
     """With headroom."""
     expected: dict[str, float]
-    """requests/s without it."""
+    """requests/s without it; 0 of a tier nobody asks for."""
     tps: tuple[int, ...]
     """Degrees that are legal and worth being resident."""
     nodes: tuple[NodeView, ...]
@@ -165,7 +165,7 @@ def ask(pool: Pool, snapshot: Snapshot) -> PoolQuestion:
     demand = {t.name: headroom(seen.get(t.name, TierDemand(pool.name, t.name, 0.0)), quantile) for t in pool.tiers}
     mark = f"-{pool.checkpoint}" if pool.checkpoint else ""
     running = had if blocked else _fits(pool, mark, nodes, tps, budget)
-    expected = {t.name: max(seen[t.name].rate if t.name in seen else 0.0, PRIOR_RATE) for t in pool.tiers}
+    expected = {t.name: seen[t.name].rate if t.name in seen else 0.0 for t in pool.tiers}
     return PoolQuestion(pool, demand, expected, tps, tuple(nodes), running, had, budget, blocked, tuple(t for t in legal if t not in tps))
 
 
@@ -303,7 +303,7 @@ def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float, dwell_s:
 def wants(question: PoolQuestion, surge_max: float = SURGES[-1][0]) -> list[Want]:
     """What surely comes is what groups can serve at all, who are rated at MARGIN of it."""
     d, name = question.demand, question.pool.name
-    sure = {t.name: MARGIN * question.expected[t.name] for t in question.slo_tiers}
+    sure = {t.name: MARGIN * max(question.expected[t.name], PRIOR_RATE) for t in question.slo_tiers}
     return [Want(name, t.name, d[t.name].rate, t.target, t.weight, surge_max, sure[t.name]) for t in question.slo_tiers]
 
 

@@ -4,6 +4,7 @@ The search takes a group for good up to its safe rate. Where several answers ser
 just reach their shares from one where hardly a request misses: that is told here, of answers that are found.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from nitsum.planner.problem import Answer, Kind, Problem
@@ -15,29 +16,42 @@ def met(kind: Kind, used: float, tier: str) -> float:
     return half + (whole - half) * (2 * used - 1) if used > 0.5 else 1 - (1 - half) * 2 * used
 
 
-def rated(asked: Problem, answer: Answer) -> Answer:
-    """With the worth of what misses all the same taken off its score.
+def _missing(asked: Problem, answer: Answer, rates: Mapping[tuple[str, str], float]) -> Iterator[tuple[str, float, dict[str, float]]]:
+    """(pool, share missed, requests/s by tier) of the groups of each kind, where so much of each tier comes.
 
     Tiers that share a group miss together, each as much as those that take its time make it: their misses weigh by the time they take.
     """
-    wants = {(w.pool, w.tier): w for w in asked.wants}
-    each = {key: want.earned(got) / got if (got := answer.served[key]) > 0 else 0.0 for key, want in wants.items()}
-    lost = 0.0
     for k, n in answer.groups.items():
         kind = asked.kinds[k]
         if not kind.attained or kind.held is not None:
             continue
         flows: dict[str, float] = {}
         for t in kind.tiers:
-            want = wants.get((kind.pool, t))
-            if want is not None and (flow := answer.flows.get((k, t), 0.0)) > 0:
-                flows[t] = flow * min(want.rate / answer.safe[kind.pool, t], 1.0)
+            rate = rates.get((kind.pool, t))
+            if rate is not None and (flow := answer.flows.get((k, t), 0.0)) > 0:
+                flows[t] = flow * min(rate / answer.safe[kind.pool, t], 1.0)
         uses = {t: flow / kind.rate(t) / n for t, flow in flows.items()}
-        if (used := sum(uses.values())) <= 0:
-            continue
-        missed = sum(use / used * (1 - met(kind, min(used, 1.0), t)) for t, use in uses.items())
-        lost += missed * sum(each[kind.pool, t] * flow for t, flow in flows.items())
+        if (used := sum(uses.values())) > 0:
+            yield kind.pool, sum(use / used * (1 - met(kind, min(used, 1.0), t)) for t, use in uses.items()), flows
+
+
+def rated(asked: Problem, answer: Answer) -> Answer:
+    """With the worth of what misses all the same taken off its score."""
+    each = {(w.pool, w.tier): w.earned(got) / got if (got := answer.served[w.pool, w.tier]) > 0 else 0.0 for w in asked.wants}
+    rates = {(w.pool, w.tier): w.rate for w in asked.wants}
+    lost = 0.0
+    for pool, missed, flows in _missing(asked, answer, rates):
+        lost += missed * sum(each[pool, t] * flow for t, flow in flows.items())
     return replace(answer, score=answer.score - lost)
+
+
+def good(asked: Problem, answer: Answer, rates: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+    """requests/s of each tier that meet their targets, where so much of it comes: never more than that."""
+    found = {key: min(answer.safe.get(key, 0.0), rate) for key, rate in rates.items()}
+    for pool, missed, flows in _missing(asked, answer, rates):
+        for t, flow in flows.items():
+            found[pool, t] -= missed * flow
+    return found
 
 
 def apart(asked: Problem) -> Problem:

@@ -119,8 +119,12 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
         for (c, of), n in answer.counts.items():
             counts[c, fewer if of == k else of] += n
         narrower = value(asked, dict(counts), answer.by)
-        if part < 0 or narrower.score >= least:
+        if part < 0 or (narrower.score >= least and all(_holds(w, narrower) for w in asked.wants if _holds(w, answer))):
             answer = narrower
+
+
+def _holds(want: Want, answer: Answer) -> bool:
+    return answer.served[want.pool, want.tier] >= want.target * want.rate * (1 - 1e-9)
 
 
 def _whole(kinds: tuple[Kind, ...], shape: Shape) -> int | None:

@@ -143,12 +143,12 @@ class SlowPlane:
             asked, best, would, was = choice.asked, choice.best, choice.change, told(placed)
             to = shape(asked, best.counts, name)
             why = f"{q.pool.mode}: would change {was} to {to}" if would else f"{q.pool.mode}: {was} stays"
-            rejected = (f"{to}: {goodput(q, best):.2f} requests/s, but the mode is {q.pool.mode}",) if would else ()
+            rejected = (f"{to}: {goodput(q, asked, best):.2f} requests/s, but the mode is {q.pool.mode}",) if would else ()
         verdict = Verdict.KEEP if {p.key for p in placed} == set(q.had) else Verdict.CHANGE
         plan = PoolPlan(
             name,
             sum(len(p.gpus) for p in placed),
-            goodput(q, serving.answer),
+            goodput(q, serving.asked, serving.answer),
             outlook(q, found, serving),
             (*reasons, why),
             rejected,
@@ -258,7 +258,7 @@ def _plan(
     was, will = describe(parts(q.running)), told(serving.placed)
     same = {p.key for p in serving.placed} == set(q.running)
     reasons = [profile(q, snapshot), *([best.note] if best.note else [])]
-    before, after = goodput(q, current), goodput(q, answer)
+    before, after = goodput(q, asked, current), goodput(q, asked, answer)
     if q.had and set(q.running) != set(q.had):
         reasons.append(f"what it may use changed: {describe(parts(q.had))} -> {was}")
     if q.had and not q.running:
@@ -279,10 +279,10 @@ def _plan(
     stands = asked.widths(base.counts)
     # Fewer groups, or other labels, would switch nothing.
     if not change and any(n > stands.get(key, 0) for key, n in asked.widths(best.counts).items() if key[1] == name):
-        rejected.append(f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, best):.2f} requests/s, not worth the switch")
+        rejected.append(f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, asked, best):.2f} requests/s, not worth the switch")
     verdict = Verdict.KEEP if {p.key for p in serving.placed} == set(q.had) else Verdict.CHANGE
     gpus = sum(len(p.gpus) for p in serving.placed)
-    return PoolPlan(name, gpus, goodput(q, serving.answer), outlook(q, asked.kinds, serving), tuple(reasons), tuple(rejected), verdict)
+    return PoolPlan(name, gpus, goodput(q, serving.asked, serving.answer), outlook(q, asked.kinds, serving), tuple(reasons), tuple(rejected), verdict)
 
 
 def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], running: Running, barred: frozenset[str]) -> list[Placed] | None:

@@ -7,6 +7,7 @@ from nitsum.layout import ORDER, Role, sort_of
 from nitsum.planner.place import Key, Placed
 from nitsum.planner.problem import Answer, Counts, Kind, Problem
 from nitsum.planner.question import PoolQuestion
+from nitsum.planner.rating import good
 from nitsum.planner.serve import Serving
 from nitsum.planner.types import Snapshot, TierOutlook
 
@@ -56,8 +57,9 @@ def shape(asked: Problem, counts: Counts, pool: str) -> str:
     return ", ".join(f"{n} x {label}" for label, n in mine.items()) or "nothing"
 
 
-def goodput(q: PoolQuestion, answer: Answer) -> float:
-    return sum(answer.served.get((q.pool.name, t.name), 0.0) for t in q.slo_tiers)
+def goodput(q: PoolQuestion, asked: Problem, answer: Answer) -> float:
+    """requests/s expected to meet their targets, of what is expected to come: without headroom, and of tiers that nobody asks for nothing."""
+    return sum(good(asked, answer, {(q.pool.name, t.name): q.expected[t.name] for t in q.slo_tiers}).values())
 
 
 def _held(serving: Serving, tier: str) -> float:
