@@ -119,9 +119,9 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
     changing = [
         n.node.agent_id
         for n in ordered
-        if n.schedulable and runs[n.node.agent_id] and runs[n.node.agent_id].keys() != wanted[n.node.agent_id]
+        if n.schedulable and not n.flipping and runs[n.node.agent_id] and runs[n.node.agent_id].keys() != wanted[n.node.agent_id]
     ]
-    late = set(changing[snapshot.settings.flips_at_once_max :])
+    late = set(changing[max(snapshot.settings.flips_at_once_max - sum(n.flipping for n in ordered), 0) :])
     limits: Known = {}
     nodes = []
     for n in ordered:

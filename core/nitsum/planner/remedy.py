@@ -12,7 +12,7 @@ from nitsum.planner.types import Snapshot
 from nitsum.pool import Tier
 
 FACTOR_MAX = 64.0
-NODES_MAX = 1 << 20
+GPUS_MAX = 1 << 23
 
 
 def _least(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tier: Tier, loosened: str) -> tuple[float, int] | None:
@@ -38,27 +38,28 @@ def _least(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tier: Tier, 
 
 
 def _gpus(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, able: set[str]) -> int | None:
-    """GPUs in all, on nodes like those there are, with which every tier that can be served is."""
+    """GPUs in all, on nodes like the largest there is, with which every tier that can be served is: more than what it may hold here now,
+    since with those it is not."""
     found = kinds(q, snapshot, capacity)
     widest = max(q.nodes, key=lambda n: len(n.node.gpus)).node
-    gpus, blocks = len(widest.gpus), {size: len(widest.blocks(size)) for size in {*q.tps, *sizes_of(found)}}
+    each, blocks = len(widest.gpus), {size: len(widest.blocks(size)) for size in {*q.tps, *sizes_of(found)}}
     asked = [w for w in wants(q) if w.tier in able]
 
-    def enough(nodes: int) -> bool:
-        cls = Class(nodes, gpus, frozenset({q.pool.name}), blocks)
-        got = greedy.solve(Problem(tuple(asked), found, (cls,), {q.pool.name: nodes * gpus}))
+    def enough(gpus: int) -> bool:
+        cls = Class(-(-gpus // each), each, frozenset({q.pool.name}), blocks)
+        got = greedy.solve(Problem(tuple(asked), found, (cls,), {q.pool.name: gpus}))
         return all(got.served[w.pool, w.tier] >= w.target * w.rate * (1 - 1e-9) for w in asked)
 
-    nodes = 1
-    while not enough(nodes):
-        nodes *= 2
-        if nodes > NODES_MAX:
+    low = min(q.budget, sum(len(n.node.gpus) for n in q.nodes))
+    high = low + 1
+    while not enough(high):
+        low, high = high, high * 2
+        if high > GPUS_MAX:
             return None
-    low = nodes // 2
-    while nodes - low > 1:
-        middle = (low + nodes) // 2
-        low, nodes = (low, middle) if enough(middle) else (middle, nodes)
-    return nodes * gpus
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def remedies(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, infeasible: set[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nitsum.planner import exact, greedy
+from nitsum.planner.alternatives import alternatives
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.place import Placed, Running, Slot, place
@@ -229,7 +230,10 @@ class SlowPlane:
             labels = serve(q, seen, mine, gain_min, True, self._at_best) if change else serve(q, seen, mine, usual)
             serving = self._flowing(labels)
             answers, lasts = (c.current, base, best, answer), dwell(q, snapshot, now)
-            decided.append(Decided(q, serving.placed, serving, _plan(q, snapshot, asked, serving, answers, change, gain_min, lasts)))
+            plan = _plan(q, snapshot, asked, serving, answers, change, gain_min, lasts)
+            if change:
+                plan = replace(plan, rejected=(*plan.rejected, *alternatives(asked, best, told(serving.placed), q, greedy.solve)))
+            decided.append(Decided(q, serving.placed, serving, plan))
         return decided
 
 
