@@ -81,6 +81,7 @@ def directive(node: NodePlan, pools: Mapping[str, Accepted], generation: int, te
         generation=generation,
         term=term,
         mode=MODES[node.mode],
+        let_finish_ms=round(node.let_finish_s * 1e3),
         residency=[
             types_pb2.ResidentEngine(engine_id=e.engine_id, model=e.model, tp_size=e.tp_size, gpu_uuids=e.gpu_uuids)
             for e in node.residency.engines

@@ -1,6 +1,7 @@
 """The whole: production router, ledger and planner around simulated engines. Nothing lost, nothing twice, whatever flips."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -168,10 +169,10 @@ def test_a_flip_costs_its_pause_and_the_prefill_unless_kv_is_kept() -> None:
     r = Request(0, "loose", 0.9, 20_000, 1000, 1024)
     t = Traffic(3.0, (r,), {}, ())
 
-    def end(mode: FlipMode, pause_ms: float) -> float:
+    def end(mode: FlipMode, pause_ms: float, let_finish_s: float = 0.0) -> float:
         def plan(snapshot: Snapshot, now: float) -> Plan:
             layouts = uniform(s.pool, s.nodes, 8 if now < 2 else 4, "test")
-            return Plan("p", tuple(NodePlan(a, Residency(), la, mode) for a, la in layouts.items()), ())
+            return Plan("p", tuple(NodePlan(a, Residency(), la, mode, let_finish_s) for a, la in layouts.items()), ())
 
         result = Fleet(Policy("one", s.pool, FixedPause(pause_ms), s.tps, lambda: plan), s.nodes, PROFILE, t).run()
         assert result.flips == 1
@@ -184,7 +185,10 @@ def test_a_flip_costs_its_pause_and_the_prefill_unless_kv_is_kept() -> None:
     assert end(FlipMode.MIGRATE_FIRST, 1200) - kept == pytest.approx(1000, abs=1)
     prefill = PROFILE.prefill_ms(4, 8192) + PROFILE.prefill_ms(4, 8192, 8192) + PROFILE.prefill_ms(4, 4000, 16384)
     assert recomputed - kept == pytest.approx(prefill, rel=0.1)
-    assert end(FlipMode.LET_FINISH, 200) < kept  # it ends where it runs
+    ended, waited = end(FlipMode.LET_FINISH, 200, math.inf), end(FlipMode.LET_FINISH, 200, 1.0)
+    assert ended < kept  # it ends where it runs
+    assert ended < waited < recomputed  # not for longer than a second; then as if aborted
+    assert end(FlipMode.LET_FINISH, 200, 0.0) == recomputed
 
 
 def test_plain_never_refuses_and_drowns_while_static_sheds() -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nitsum.layout import Capacity as Limits
-from nitsum.layout import Group, Layout, Role, TierShare
+from nitsum.layout import FlipMode, Group, Layout, Role, TierShare
 from nitsum.planner.capacity import Capacity
+from nitsum.planner.ending import Ending, mean_life_s, of_node
 from nitsum.planner.limits import limits_of
 from nitsum.planner.place import Key, Placed
 from nitsum.planner.question import PoolQuestion
@@ -139,8 +140,20 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
         residency = _residency(by_node[agent_id], n, groups) if resident else n.residency
         if waiting and resident:
             residency = _still(residency, n, [p for ps in waiting.values() for p in ps if p.agent_id == agent_id], groups)
-        nodes.append(NodePlan(agent_id, residency, Layout(tuple(sorted(_paired(groups), key=lambda g: g.group_id)))))
+        layout = Layout(tuple(sorted(_paired(groups), key=lambda g: g.group_id)))
+        how = _ending(n, layout, decided, snapshot)
+        nodes.append(NodePlan(agent_id, residency, layout, how.mode, how.let_finish_s))
     return Plan(_digest(nodes), tuple(nodes), tuple(d.plan for d in decided))
+
+
+def _ending(n: NodeView, layout: Layout, decided: list[Decided], snapshot: Snapshot) -> Ending:
+    """How the streams of its groups that end are treated."""
+    stays = {(g.group_id, g.gpu_uuids) for g in layout.groups}
+    ends = [g for g in n.layout.groups if (g.group_id, g.gpu_uuids) not in stays and g.pool in snapshot.flip_costs]
+    if not ends:
+        return Ending(FlipMode.ABORT, 0.0)
+    lives = {d.q.pool.name: mean_life_s(d.q.slo_tiers, d.q.demand) for d in decided}
+    return of_node(ends, layout.groups, n.resident_tokens, lives, snapshot.flip_costs)
 
 
 def _paired(groups: list[Group]) -> list[Group]:

@@ -35,7 +35,13 @@ class FastPlane:
             changed = {p.key: p.tiers for p in placed} != {p.key: p.tiers for p in serving.placed}
             why = f"{told(placed)} stays{': which tiers its groups serve follows demand' if changed else ''}"
             plan = PoolPlan(
-                pool.name, q.gpus, goodput(q, serving.asked, serving.answer), outlook(q, found, serving), (profile(q, snapshot), why), (), Verdict.KEEP
+                pool.name,
+                q.gpus,
+                goodput(q, serving.asked, serving.answer),
+                outlook(q, found, serving),
+                (profile(q, snapshot), why),
+                (),
+                Verdict.KEEP,
             )
             # Demand that nobody reports any more is no reason to change anything.
             asleep = stale(pool.name, snapshot, now)

@@ -8,11 +8,12 @@ from statistics import NormalDist
 
 from nitsum.attainment import MARGIN
 from nitsum.demand import TierDemand
-from nitsum.layout import FlipMode, Group, Role
+from nitsum.layout import Group, Role
 from nitsum.perf import KvLoad
 from nitsum.perf.memory import worth_residing
 from nitsum.planner import offer
 from nitsum.planner.capacity import Capacity, Mark, mark, version
+from nitsum.planner.ending import ending, mean_life_s
 from nitsum.planner.place import Key, Placed, Running
 from nitsum.planner.problem import SURGES, Class, Counts, Kind, Problem, Want
 from nitsum.planner.sharing import crowd_of, runs_of, work
@@ -296,8 +297,8 @@ def flip_loss(question: PoolQuestion, snapshot: Snapshot, score: float, dwell_s:
     cost = snapshot.flip_costs[question.pool.name]
     widths = [g.tp_size for g in groups]
     usual, each = max(sorted(set(widths)), key=widths.count), tokens // len(groups)
-    lost = score / question.gpus / dwell_s
-    return {(question.pool.name, tp): cost.pause_ms(each, FlipMode.ABORT, usual, tp) / 1e3 * lost for tp in question.tps}
+    lost, life = score / question.gpus / dwell_s, mean_life_s(question.slo_tiers, question.demand)
+    return {(question.pool.name, tp): ending(each, usual, tp, life, cost).lost_ms / 1e3 * lost for tp in question.tps}
 
 
 def wants(question: PoolQuestion, surge_max: float = SURGES[-1][0]) -> list[Want]:

@@ -5,22 +5,13 @@ steps as those of the tier that comes. Where that has a stricter TPOT, it misses
 from collections import Counter
 from collections.abc import Mapping
 
-from nitsum.attainment import Lengths, running_length
 from nitsum.demand import TierDemand
-from nitsum.planner.capacity import PRIOR_OUTPUT
+from nitsum.planner.ending import life_s
 from nitsum.planner.problem import REACH, Answer, Problem
 from nitsum.pool import Tier
 
 LASTS_S = 120.0
 """Over which what is lost counts."""
-NO_TPOT_MS = 25.0
-"""Of a step, where a tier has no target."""
-
-
-def life_s(tier: Tier, demand: TierDemand) -> float:
-    """How much longer a stream that runs is expected to run, at the pace that its tier allows: as long as it has run on average."""
-    tokens = running_length(0.0, Lengths(demand.output_tokens_mean or PRIOR_OUTPUT, demand.output_tokens_cv))
-    return tokens * (tier.tpot_ms or NO_TPOT_MS) / 1e3
 
 
 def lost(asked: Problem, tiers: Mapping[str, Tier], demand: Mapping[str, TierDemand], now: Answer, then: Answer) -> float:

@@ -283,10 +283,14 @@ def _plan(
     stands = asked.widths(base.counts)
     # Fewer groups, or other labels, would switch nothing.
     if not change and any(n > stands.get(key, 0) for key, n in asked.widths(best.counts).items() if key[1] == name):
-        rejected.append(f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, asked, best):.2f} requests/s, not worth the switch")
+        rejected.append(
+            f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, asked, best):.2f} requests/s, not worth the switch"
+        )
     verdict = Verdict.KEEP if {p.key for p in serving.placed} == set(q.had) else Verdict.CHANGE
     gpus = sum(len(p.gpus) for p in serving.placed)
-    return PoolPlan(name, gpus, goodput(q, serving.asked, serving.answer), outlook(q, asked.kinds, serving), tuple(reasons), tuple(rejected), verdict)
+    return PoolPlan(
+        name, gpus, goodput(q, serving.asked, serving.answer), outlook(q, asked.kinds, serving), tuple(reasons), tuple(rejected), verdict
+    )
 
 
 def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], running: Running, barred: frozenset[str]) -> list[Placed] | None:

@@ -77,6 +77,8 @@ class NodePlan:
     residency: Residency
     layout: Layout
     mode: FlipMode = FlipMode.ABORT
+    let_finish_s: float = 0.0
+    """Longest time for which LET_FINISH waits for streams that run."""
 
 
 @dataclass(frozen=True)

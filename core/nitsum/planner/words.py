@@ -58,7 +58,7 @@ def shape(asked: Problem, counts: Counts, pool: str) -> str:
 
 
 def goodput(q: PoolQuestion, asked: Problem, answer: Answer) -> float:
-    """requests/s expected to meet their targets, of what is expected to come: without headroom, and of tiers that nobody asks for nothing."""
+    """requests/s expected to meet their targets, of those expected to come: headroom is left out."""
     return sum(good(asked, answer, {(q.pool.name, t.name): q.expected[t.name] for t in q.slo_tiers}).values())
 
 

@@ -6,6 +6,7 @@ end: every request ended exactly once, with as many tokens as it had to make.
 """
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -426,6 +427,14 @@ class Fleet:
             if not g.lives:
                 n.draining.remove(g)
         if not n.draining:
+            self._switch(n)
+        elif wanted.let_finish_s < math.inf:
+            self._at(self.now + wanted.let_finish_s, lambda: self._waited(n, wanted))
+
+    def _waited(self, n: _Node, wanted: NodePlan) -> None:
+        """LET_FINISH waits no longer."""
+        if n.wanted is wanted and n.draining:
+            n.draining = []
             self._switch(n)
 
     def _drained(self, g: SimGroup) -> None:

@@ -4,6 +4,7 @@
 A replica belongs to one tier. Giving it to another means that one deployment drains and another starts: what runs there finishes first.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -95,7 +96,7 @@ class Replicas:
             layouts = _assign(self.pool, layouts, wanted)
         nodes = tuple(replace(n, layout=layouts[n.node.agent_id]) for n in snapshot.nodes)
         served = self._standing(replace(snapshot, nodes=nodes), now)
-        return Plan("replicas", tuple(NodePlan(n.agent_id, n.residency, n.layout, FlipMode.LET_FINISH) for n in served.nodes), ())
+        return Plan("replicas", tuple(NodePlan(n.agent_id, n.residency, n.layout, FlipMode.LET_FINISH, math.inf) for n in served.nodes), ())
 
     def _counts(self, layouts: Mapping[str, Layout]) -> dict[str, int]:
         of = [g.engine_id.rpartition("@")[0] for la in layouts.values() for g in la.groups]
