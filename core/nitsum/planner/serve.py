@@ -5,6 +5,7 @@ tier shares a stricter one's groups (borrows) only as a kind of both, whose rate
 stays while it meets all demand, or no other labelling earns more by `gain_min`: labels must not tremble with demand.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -115,16 +116,32 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
             return answer
         part, k, fewer = min(found)
         tried.add((k, fewer))
-        counts: Counter[tuple[int, int]] = Counter()
-        for (c, of), n in answer.counts.items():
-            counts[c, fewer if of == k else of] += n
-        narrower = value(asked, dict(counts), answer.by)
-        if part < 0 or (narrower.score >= least and all(_holds(w, narrower) for w in asked.wants if _holds(w, answer))):
+        narrower = _without(asked, answer, k, fewer)
+        if part < 0 or (narrower.score >= least and _holds(asked, narrower) >= _holds(asked, answer)):
             answer = narrower
+            continue
+        (tier,) = asked.kinds[k].members - asked.kinds[fewer].members
+        alone = index.get((asked.kinds[k].shape, (tier,)))
+        if alone is not None and (rate := asked.kinds[alone].rate(tier)) > 0:
+            whole = math.ceil(flows.get((k, tier), 0.0) / rate - 1e-9)
+            narrower = _without(asked, answer, k, fewer, alone, whole)
+            if 0 < whole < groups[k] and narrower.score >= least and _holds(asked, narrower) >= _holds(asked, answer):
+                answer = narrower
 
 
-def _holds(want: Want, answer: Answer) -> bool:
-    return answer.served[want.pool, want.tier] >= want.target * want.rate * (1 - 1e-9)
+def _without(asked: Problem, answer: Answer, k: int, fewer: int, alone: int = 0, whole: int = 0) -> Answer:
+    """Groups of one kind are of another with a tier less, but for some that are the tier's alone."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for (c, of), n in answer.counts.items():
+        own = min(whole, n) if of == k else 0
+        whole -= own
+        counts[c, fewer if of == k else of] += n - own
+        counts[c, alone] += own
+    return value(asked, {at: n for at, n in counts.items() if n}, answer.by)
+
+
+def _holds(asked: Problem, answer: Answer) -> set[str]:
+    return {w.tier for w in asked.wants if answer.served[w.pool, w.tier] >= w.target * w.rate * (1 - 1e-9)}
 
 
 def _whole(kinds: tuple[Kind, ...], shape: Shape) -> int | None:

@@ -1,7 +1,7 @@
 """How many GPUs a demand needs, and how that changes with each target: the slow plane asked again and again, on empty nodes of one shape.
 
-Needed: the least budget with which the plan says that every tier holds its targets. Found by doubling and halving, as more GPUs never
-make a plan worse; a budget that ends inside a node counts as it is.
+Needed: the least budget with which the plan says that every tier holds its targets. Found by doubling and halving, as more GPUs make no
+plan worse (tests/property/test_scaling.py); a budget that ends inside a node counts as it is.
 """
 
 from collections.abc import Callable
