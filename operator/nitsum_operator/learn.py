@@ -6,7 +6,6 @@ taken anew where what was learned since differs enough, for capacities are compu
 
 from collections.abc import Iterable, Mapping
 
-from nitsum.perf import StepTimeModel
 from nitsum.perf.correction import Corrected, StepTiming
 from nitsum.perf.profile import Profile
 from nitsum_api.agent.v1 import agent_pb2
@@ -57,6 +56,6 @@ class Learning:
             model.observe(StepTiming(r.group.tp_size, s.tokens, s.batch, s.context, s.mean_ms))
 
     @property
-    def models(self) -> dict[str, StepTimeModel]:
+    def models(self) -> dict[str, Corrected]:
         """By pool; those without measurements are missing."""
         return dict(self._fixed)

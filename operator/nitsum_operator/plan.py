@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 
 from nitsum.demand import TierDemand
 from nitsum.layout import Layout
-from nitsum.perf import StepTimeModel
+from nitsum.perf.correction import Corrected
 from nitsum.planner.planes import Planes
 from nitsum.planner.types import NodeView, Plan, PlannerSettings, Snapshot
 from nitsum_api.agent.v1 import agent_pb2
@@ -33,7 +33,7 @@ def snapshot(
     last_flip_at: Mapping[str, float],
     settings: PlannerSettings,
     carried: Collection[str] = (),
-    learned: Mapping[str, StepTimeModel] | None = None,
+    learned: Mapping[str, Corrected] | None = None,
 ) -> Snapshot:
     """`sent`: layouts of the last directives; on a node that flips, that is what it will be. `learned`: by pool, in its profile's place.
 
@@ -76,7 +76,7 @@ def snapshot(
         tuple(views),
         demand,
         {n: (learned or {}).get(n, a.profile) for n, a in by_name.items()},
-        {n: a.profile for n, a in by_name.items()},
+        {n: (learned or {}).get(n, a.profile) for n, a in by_name.items()},
         settings,
         {p: tuple(u) for p, u in holds.items()},
     )

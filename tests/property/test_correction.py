@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nitsum.layout import FlipMode
 from nitsum.perf.correction import Bounds, Corrected, Phase, StepTiming
 from nitsum.perf.profile import load_shipped
 
@@ -115,3 +116,15 @@ def test_what_cannot_be_compared_is_not_taken() -> None:
     for t in (StepTiming(3, 0, 1, 1, 5.0), StepTiming(1, 0, 0, 0, 5.0), StepTiming(1, 0, 1, 1, 0.0), StepTiming(1, 0, 1, 1, float("nan"))):
         assert not model.observe(t)
     assert model.decode_ms(1, 1, 1) == BASE.decode_ms(1, 1, 1)
+
+
+def test_what_a_flip_computes_again_takes_what_prefill_takes() -> None:
+    model = Corrected(BASE)
+    for mode in FlipMode:
+        assert model.pause_ms(50_000, mode, 1, 2) == BASE.pause_ms(50_000, mode, 1, 2), "nothing learned yet"
+    for chunk in (256, 1024, 4096) * 60:
+        model.observe(StepTiming(2, chunk, 0, 0, BASE.prefill_ms(2, chunk) * 1.5))
+    fixed, aborted = (BASE.pause_ms(50_000, mode, 1, 2) for mode in (FlipMode.LET_FINISH, FlipMode.ABORT))
+    assert model.pause_ms(50_000, FlipMode.LET_FINISH, 1, 2) == fixed
+    assert model.pause_ms(50_000, FlipMode.ABORT, 1, 2) == pytest.approx(fixed + 1.5 * (aborted - fixed), rel=0.05)
+    assert model.load_ms(1000, 2) == BASE.load_ms(1000, 2)

@@ -1,4 +1,4 @@
-"""A profile that is wrong by half either way, in the closed loop: it degrades goodput, and is learned away from the engines' own timings."""
+"""A profile wrong by half either way, in the closed loop: goodput degrades and it is learned away from the engines' own timings."""
 
 import random
 from dataclasses import replace

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from nitsum.layout import FlipMode
 from nitsum.perf import StepTimeModel, door_ms
-from nitsum.perf.tables import Profile
+from nitsum.perf.flip import KvFate
+from nitsum.perf.tables import TYPICAL_STREAM_TOKENS, Profile
 
 
 class Phase(StrEnum):
@@ -308,6 +310,19 @@ class Corrected:
         parts = self.base.prefill_ms(tp_size, chunk, cached) + self.base.decode_ms(tp_size, batch, ctx)
         now = self.prefill_ms(tp_size, chunk, cached) + self.decode_ms(tp_size, batch, ctx)
         return ms if now == parts else ms * now / parts
+
+    def pause_ms(self, resident_tokens: int, mode: FlipMode, from_tp: int, to_tp: int) -> float:
+        """As `FlipCost`, where the base is a profile: KV that is computed again takes what prefill really takes."""
+        assert self._profile, "the cost of flips needs a base that is a Profile"
+        parts = self._profile.flip_parts(resident_tokens, mode, from_tp, to_tp)
+        if parts.kv is not KvFate.RECOMPUTED:
+            return parts.pause_ms
+        now, before = (model.prefill_ms(to_tp, TYPICAL_STREAM_TOKENS) for model in (self, self._profile))
+        return parts.fixed_ms + parts.kv_ms * now / before
+
+    def load_ms(self, tokens: int, tp_size: int) -> float | None:
+        """As `KvLoad`: by the base, since no step says anything of it."""
+        return self._profile.load_ms(tokens, tp_size) if self._profile else None
 
     def kv_capacity_tokens(self, tp_size: int, resident_tp: tuple[int, ...]) -> int:
         return self.base.kv_capacity_tokens(tp_size, resident_tp)

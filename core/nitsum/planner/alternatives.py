@@ -15,7 +15,10 @@ SHOWN_MAX = 4
 
 def _of_one_tp(asked: Problem, pool: str, tp_size: int) -> Problem:
     """The same question where the pool has groups of this TP only, each of which does both."""
-    able = lambda k: k.pool != pool or (k.tp_size == tp_size and k.split is None)  # noqa: E731
+
+    def able(k: Kind) -> bool:
+        return k.pool != pool or (k.tp_size == tp_size and k.split is None)
+
     return replace(asked, kinds=tuple(k if able(k) else replace(k, rates=(0.0,) * len(k.rates)) for k in asked.kinds))
 
 
