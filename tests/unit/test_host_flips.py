@@ -58,6 +58,31 @@ async def test_streams_cross_a_flip_and_come_back(w: World) -> None:
     assert max(w.gateway.hops.values()) >= 3
 
 
+async def test_streams_may_end_where_they_run_but_not_for_longer_than_they_are_let(w: World) -> None:
+    w.steps_s = 0.002
+    w.gateway.start("short", 60)
+    w.gateway.start("long", 2000)
+    await asyncio.sleep(0.02)
+    directive = w.directive(2)
+    directive.mode, directive.let_finish_ms = types_pb2.FLIP_MODE_LET_FINISH, 400
+    began = asyncio.get_running_loop().time()
+    report = await w.carried_out(directive)
+    assert asyncio.get_running_loop().time() - began >= 0.4
+    assert report.flip.outcome == Outcome.OUTCOME_DONE
+    await w.gateway.all_done()
+    assert (w.gateway.hops["short"], w.gateway.hops["long"], report.flip.streams_moved) == (1, 2, 1)
+
+
+async def test_a_flip_goes_on_as_soon_as_all_streams_have_ended(w: World) -> None:
+    streams(w, tokens=30)
+    await asyncio.sleep(0.01)
+    directive = w.directive(2)
+    directive.mode, directive.let_finish_ms = types_pb2.FLIP_MODE_LET_FINISH, 60_000
+    report = await asyncio.wait_for(w.carried_out(directive), 20)
+    await w.gateway.all_done()
+    assert (set(w.gateway.hops.values()), report.flip.streams_moved) == ({1}, 0)
+
+
 async def test_limits_reach_the_engine_as_its_group_opens_and_as_they_drift(w: World) -> None:
     """That an open group's engine never has others is among the world's checks."""
 
