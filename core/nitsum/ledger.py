@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
+from typing import Protocol
 
 from nitsum.layout import Capacity, TierShare
 
@@ -37,7 +38,7 @@ def kv_promise(held: int, left: int) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """`kv_tokens`: see `kv_promise`. `expires`: when it stops waiting."""
+    """`kv_tokens`: see `kv_promise`. `expires`: when it stops waiting. `stays`: to its end, also where others are handed over."""
 
     rid: str
     tier: str
@@ -47,6 +48,7 @@ class Entry:
     expires: float
     suspect: bool = False
     moved: bool = False
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,47 +71,12 @@ QUEUED_MAX = 1024
 RETRY_AFTER_MS = (100, 30_000)
 
 
-class Onward:
-    """Groups of a node that take in what its prefill groups hand over, by their ledgers.
+class Places(Protocol):
+    """Where what runs goes on when it has prefilled: see `onward`."""
 
-    What prefills is promised a place in one of them; what would find none waits before its prefill, where its class and its turn still
-    count. The prefill ledgers share this; it has one owner, as all of a node.
-    """
-
-    def __init__(self, ledgers: "tuple[Ledger, ...]") -> None:
-        self.ledgers = ledgers
-        self._promised: dict[str, tuple[int, int]] = {}
-        """By request: which ledger, KV tokens."""
-
-    def _full(self, i: int, entry: Entry) -> bool:
-        o = self.ledgers[i]
-        there = len(o.running) + o.queued_total + o.reserved
-        if not there:
-            return False  # however long it is: it runs alone
-        beyond = o.kv_tokens_max and o.kv_tokens + o.reserved_kv_tokens + entry.kv_tokens > o.kv_tokens_max
-        return bool(beyond or (o.running_max and there >= o.running_max))
-
-    def _load(self, i: int) -> tuple[float, int, int]:
-        o = self.ledgers[i]
-        there = len(o.running) + o.queued_total + o.reserved
-        return there / (o.running_max or QUEUED_MAX), o.kv_tokens + o.reserved_kv_tokens, i
-
-    def room(self, entry: Entry) -> bool:
-        return not all(self._full(i, entry) for i in range(len(self.ledgers)))
-
-    def promise(self, entry: Entry) -> None:
-        """The least loaded with room; of none: the least loaded."""
-        i = min(range(len(self.ledgers)), key=lambda i: (self._full(i, entry), self._load(i)))
-        self._promised[entry.rid] = i, entry.kv_tokens
-        self.ledgers[i].reserve(1, entry.kv_tokens)
-
-    def place(self, rid: str) -> int | None:
-        """Index of the ledger where a request has a place."""
-        return self._promised[rid][0] if rid in self._promised else None
-
-    def release(self, rid: str) -> None:
-        if (promised := self._promised.pop(rid, None)) is not None:
-            self.ledgers[promised[0]].reserve(-1, -promised[1])
+    def room(self, entry: Entry) -> bool: ...
+    def promise(self, entry: Entry) -> None: ...
+    def release(self, rid: str) -> None: ...
 
 
 class Ledger:
@@ -124,7 +91,7 @@ class Ledger:
         self._finish_gap_s = 1.0
         """Smoothed time between two finishes: the pace at which the queue drains."""
         self._finished_at: float | None = None
-        self.onward: Onward | None = None
+        self.onward: Places | None = None
         self.reserved = self.reserved_kv_tokens = 0
         """For what others will hand over."""
 
@@ -132,9 +99,9 @@ class Ledger:
         self.reserved += requests
         self.reserved_kv_tokens += kv_tokens
 
-    def hand_over_to(self, onward: Onward | None) -> None:
+    def hand_over_to(self, onward: Places | None) -> None:
         """From now on; what runs is promised a place there too."""
-        for entry in self.running.values():
+        for entry in [e for e in self.running.values() if not e.stays]:
             if self.onward is not None:
                 self.onward.release(entry.rid)
             if onward is not None:
@@ -158,7 +125,7 @@ class Ledger:
         self._kv_tokens += sign * entry.kv_tokens
         self._of_tier[entry.tier] = self._of_tier.get(entry.tier, 0) + sign
         self._suspects += sign * entry.suspect
-        if self.onward is not None:
+        if self.onward is not None and not entry.stays:
             if sign > 0:
                 self.onward.promise(entry)
             else:
@@ -180,7 +147,7 @@ class Ledger:
         kept, kv_tokens = (0, 0) if entry.moved else (self.reserved, self.reserved_kv_tokens)
         if self.running_max and len(self.running) + kept >= self.running_max and not entry.moved:
             return True
-        if self.onward is not None and not entry.moved and not self.onward.room(entry):
+        if self.onward is not None and not (entry.moved or entry.stays) and not self.onward.room(entry):
             return True
         beyond = self.kv_tokens_max and self._kv_tokens + kv_tokens + entry.kv_tokens > self.kv_tokens_max
         return bool(beyond and (self.running or kept))

@@ -1,10 +1,8 @@
-from dataclasses import replace
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum.layout import Capacity, TierShare
-from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Onward, Queued
+from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Queued
 
 
 def entry(
@@ -109,39 +107,3 @@ def test_sums_that_it_keeps_are_those_of_what_runs(story: list[tuple[str, int, A
         assert sum(not e.moved for e in runs) <= 4
         free = [e for e in sorted(waits, key=lambda e: not e.moved) if not ledger._held(e)]  # the rule, spelled out
         assert ledger._startable() is (free[0] if free and not ledger._blocked(free[0]) else None)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["new", "over", "done", "gone", "here"]), st.integers(0, 1), st.integers(1, 60)), max_size=80))
-def test_what_prefills_finds_a_place_where_it_decodes(acts: list[tuple[str, int, int]]) -> None:
-    """Two prefill ledgers, two of decode: what was let in never waits there, and its KV fits."""
-    decode = tuple(Ledger(Capacity(max_running=3, max_kv_tokens=100)) for _ in range(2))
-    prefill = [Ledger(Capacity(max_running=3)) for _ in range(2)]
-    onward = Onward(decode)
-    for p in prefill:
-        p.hand_over_to(onward)
-    for i, (act, which, kv) in enumerate(acts):
-        p = prefill[which]
-        if act == "new":
-            p.submit(entry(str(i), kv=kv, at=i), i)
-        elif act == "over" and p.running:
-            handed = next(iter(p.running.values()))
-            place = onward.place(handed.rid)
-            assert place is not None
-            p.release(handed.rid, i)
-            assert decode[place].submit(replace(handed, moved=True), i) == Admitted()
-        elif act == "gone" and p.running:
-            p.finish(next(iter(p.running)), i)
-        elif act == "done" and decode[which].running:
-            decode[which].finish(next(iter(decode[which].running)), i)
-        elif act == "here":
-            decode[which].submit(entry(str(i), kv=kv, at=i), i)  # takes no promised place
-        for waiting in (*prefill, *decode):
-            waiting.start()
-        assert sum(d.reserved for d in decode) == sum(len(p.running) for p in prefill)
-        assert sum(d.reserved_kv_tokens for d in decode) == sum(p.kv_tokens for p in prefill)
-        for d in decode:
-            assert len(d.running) + d.reserved <= 3
-            assert d.kv_tokens + d.reserved_kv_tokens <= 100
-    for p in prefill:
-        p.hand_over_to(None)
-    assert not any(d.reserved or d.reserved_kv_tokens for d in decode)

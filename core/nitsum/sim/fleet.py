@@ -15,7 +15,8 @@ from itertools import count
 from nitsum import routing
 from nitsum.demand_estimate import DemandEstimator
 from nitsum.layout import FlipMode, Group, Layout, Role
-from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, Onward, kv_promise
+from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, kv_promise
+from nitsum.onward import Onward
 from nitsum.perf import StepTimeModel
 from nitsum.planner import NodePlan, NodeView, Snapshot
 from nitsum.residency import Residency
@@ -60,6 +61,7 @@ class _Node:
     epoch: int = 0
     layout: Layout = Layout()
     """What runs, or what a flip leads to."""
+    onward: Onward = field(default_factory=Onward)
 
 
 class Fleet:
@@ -184,6 +186,7 @@ class Fleet:
         r, gateway = live.request, self.gateways[live.gateway]
         gateway.routes.submitted(c.group)
         node = self.nodes[c.group[0]]
+        node.onward.arrived(live.rid)
         g = node.groups.get(c.group[1])
         if g is None:
             closed = node.ending.get(c.group[1])
@@ -284,9 +287,8 @@ class Fleet:
         self._tokens(live, seq)
         del g.lives[live.rid]
         live.warm_at, live.loads = g.key[0], True
-        n, onward = self.nodes[g.key[0]], g.ledger.onward
-        place = onward.place(live.rid) if onward is not None else None
-        taker = onward.ledgers[place] if onward is not None and place is not None else None
+        n = self.nodes[g.key[0]]
+        taker = n.onward.depart(live.rid, live.rid, self.now)
         to = next((o for o in n.groups.values() if o.ledger is taker), None)
         g.ledger.release(live.rid, self.now)
         live.group = None
@@ -398,14 +400,11 @@ class Fleet:
 
     def _link(self, n: _Node) -> None:
         """Ledgers that hand over look at those that take in."""
-        decode = tuple(g.ledger for g in n.groups.values() if g.group.role is Role.DECODE)
-        known = next((g.ledger.onward for g in n.groups.values() if g.ledger.onward is not None), None)
-        onward = (known if known is not None and known.ledgers == decode else Onward(decode)) if decode else None
+        prefill, decode = (tuple(g.ledger for g in n.groups.values() if g.group.role is role) for role in (Role.PREFILL, Role.DECODE))
+        news = n.onward.link(prefill, decode)
         for g in list(n.groups.values()):
-            way = onward if g.group.role is Role.PREFILL else None
-            if g.ledger.onward is not way:
-                g.ledger.hand_over_to(way)
-                self._started(g, g.ledger.start() if g.open else [])
+            if g.ledger in news and g.open:
+                self._started(g, g.ledger.start())
 
     def _flip(self, n: _Node, wanted: NodePlan, ended: list[SimGroup]) -> None:
         """A's groups close; B's gather what comes from now on and open when A's engines have stopped and the pause is over."""
