@@ -143,8 +143,7 @@ class FlipRun:
                 self.touched = True
                 for g in opening:
                     node.known(g, self.wires[g.group_id], epoch, types_pb2.GROUP_STATE_OPENING)
-                for g, ids in zip(groups, successors, strict=True):
-                    node.close(g.group_id, ids)
+                node.close({g.group_id: ids for g, ids in zip(groups, successors, strict=True)})
                 node.epoch = epoch
                 self.ending = tuple(g.group_id for g in groups)
                 self.report.resident_tokens = sum(s.tokens for s in node.streams.values() if s.group_id in self.ending)
@@ -180,11 +179,10 @@ class FlipRun:
             live.wire.epoch = epoch
             if g in failed:
                 live.state = types_pb2.GROUP_STATE_FAILED
-        for g in groups:
-            if self._up(g.engine_id):
-                node.open(g.group_id)
-            else:  # it ended a moment ago, and opens its group when it is back
-                node.groups[g.group_id].state = types_pb2.GROUP_STATE_FAILED
+        up = [g.group_id for g in groups if self._up(g.engine_id)]
+        for group_id in set(ids).difference(up):  # its engine ended a moment ago, and opens it when it is back
+            node.groups[group_id].state = types_pb2.GROUP_STATE_FAILED
+        node.open(*up)
         for g in gone:
             if g.group_id in node.groups and g.group_id not in ids:
                 node.remove(g.group_id, node.closed.get(g.group_id) or ids)
@@ -219,6 +217,7 @@ class FlipRun:
             if (live := node.groups.get(group_id)) is not None:
                 node.end_streams(group_id)
                 live.state, live.wire.epoch = types_pb2.GROUP_STATE_FAILED, node.epoch
+        node.link()
         for group_id in {g.group_id for g in self.flip.opening} - set(closing):
             if group_id in node.groups:
                 node.remove(group_id, tuple(closing))

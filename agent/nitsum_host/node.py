@@ -8,6 +8,7 @@ from typing import Protocol
 
 from nitsum.layout import Group, Layout, Role
 from nitsum.ledger import Admission, Admitted, Entry, Full, Ledger, kv_promise
+from nitsum.onward import Onward
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
@@ -61,6 +62,8 @@ class Stream:
     on_engine: bool = False
     moving: bool = False
     """It is being aborted so that it goes on elsewhere."""
+    gone: bool = False
+    """So is its client: it goes on nowhere."""
     tokens: int = 0
 
 
@@ -96,6 +99,8 @@ class Node:
         """Successors by id of groups that are gone."""
         self.streams: dict[str, Stream] = {}
         self.by_request: dict[tuple[int, str], str] = {}
+        self.onward: dict[str, Onward] = {}
+        """By pool: places in groups that decode, for what others prefill. Names of what is on its way are as in `by_request`."""
         self.sessions: set[Session] = set()
         self.draining = False
         self.changed = asyncio.Event()
@@ -121,6 +126,12 @@ class Node:
     # Requests
 
     def submit(self, session: Session, submit: node_pb2.Submit) -> None:
+        arrived = self._arrived((session.number, submit.follows))
+        self._submit(session, submit)
+        if arrived:  # and maybe taken by none
+            self._refill()
+
+    def _submit(self, session: Session, submit: node_pb2.Submit) -> None:
         request = session.number, submit.request_id
         if not submit.request_id or request in self.by_request:
             return self._refuse(session, submit.request_id, Refused.REASON_INVALID, "request_id: empty, or in flight already")
@@ -159,8 +170,9 @@ class Node:
         s, now = stream.submit, time.monotonic()
         left = max(s.sampling.max_new_tokens - s.resume_k, 1)
         admission = ADMISSIONS.get(s.admission, Admission.BEST_EFFORT)
-        moved = s.resume_k > 0 and not s.suspect
-        entry = Entry(stream.rid, s.tier, admission, kv_promise(len(s.input_ids), left), stream.arrived, stream.expires, s.suspect, moved)
+        resumed, kv_tokens = s.resume_k > 0, kv_promise(len(s.input_ids), left)
+        moved = resumed and not s.suspect
+        entry = Entry(stream.rid, s.tier, admission, kv_tokens, stream.arrived, stream.expires, s.suspect, moved, stays=resumed)
         answer = live.ledger.submit(entry, now)
         if isinstance(answer, Full):
             return self._refuse_stream(stream, Refused.REASON_FULL, "the group's queues are full", answer.retry_after_ms)
@@ -181,8 +193,11 @@ class Node:
     def abort(self, session: Session, request_id: str) -> None:
         rid = self.by_request.get((session.number, request_id))
         if rid is None:
+            if self._arrived((session.number, request_id)):
+                self._refill()
             return
         stream = self.streams[rid]
+        stream.gone = True
         live = self.groups.get(stream.group_id)
         if stream.on_engine and live is not None:
             self.slots[live.group.engine_id].engine.abort(rid)
@@ -194,9 +209,15 @@ class Node:
         self.sessions.discard(session)
         for stream in [s for s in self.streams.values() if s.session is session]:
             self.abort(session, stream.submit.request_id)
+        for onward in self.onward.values():
+            for name in [name for name in onward.on_way if name[0] == session.number]:
+                onward.arrived(name)
+        self._refill()
 
     def expire(self) -> None:
         now = time.monotonic()
+        for onward in self.onward.values():
+            onward.expire(now)
         for live in self.groups.values():
             late = [self.streams[e.rid] for e in live.ledger.expire(now) if e.rid in self.streams]
             for stream in [*late, *(s for s in live.waiting.values() if s.expires <= now)]:
@@ -214,8 +235,8 @@ class Node:
             delta.request_id = stream.submit.request_id
             stream.tokens = delta.prompt_tokens + delta.completion_tokens
             if delta.HasField("finish"):
-                if stream.moving and delta.finish.kind == Finish.KIND_ABORTED:
-                    after = self.decoders(stream.group_id) or self.successors(stream.group_id)
+                if stream.moving and delta.finish.kind == Finish.KIND_ABORTED and not stream.gone:
+                    after = self._departs(stream) or self.successors(stream.group_id)
                     delta.finish.CopyFrom(Finish(kind=Finish.KIND_MOVED, successors=after))
                 self._forget(stream)
             elif delta.token_ids and not stream.moving:
@@ -224,32 +245,59 @@ class Node:
         for session, batch in batches.items():
             session.send(node_pb2.AttachResponse(tokens=batch))
 
-    def _hand_over(self, stream: Stream) -> None:
-        """From a group that prefills to one that decodes, once the first token is there, for then the KV of its prompt is in the node's
-        store. Once at most: a stream that comes back, since no other group took it, stays."""
-        if not stream.submit.resume_k and self.decoders(stream.group_id):
-            stream.moving = True
-            self.slots[self.groups[stream.group_id].group.engine_id].engine.abort(stream.rid)
+    # Hand-over
 
-    def decoders(self, group_id: str) -> list[node_pb2.Successor]:
-        """Groups that take over what an open group has prefilled; none where it decodes itself."""
-        live = self.groups.get(group_id)
-        if live is None or live.group.role is not Role.PREFILL or live.state != State.GROUP_STATE_OPEN or self.draining:
-            return []
-        found = [self.groups[g.group_id] for g in self.layout.hands_over(live.group)]
-        found = [g for g in found if g.state == State.GROUP_STATE_OPEN]
-        found.sort(key=lambda g: (len(g.ledger.running), g.group.group_id))
-        return [node_pb2.Successor(group_id=g.group.group_id, epoch=g.wire.epoch) for g in found]
+    def link(self) -> None:
+        """Groups that prefill look at those that decode, as they are now; after each change of what is open, or in which role."""
+        opened = [live for live in self.groups.values() if live.state == State.GROUP_STATE_OPEN]
+        pools = {live.group.pool for live in self.groups.values()}
+        for pool in sorted(pools | self.onward.keys()):
+            ours = [live for live in opened if live.group.pool == pool and not self.draining]
+            prefill, decode = (tuple(live.ledger for live in ours if live.group.role is role) for role in (Role.PREFILL, Role.DECODE))
+            self.onward.setdefault(pool, Onward()).link(prefill, decode)
+        for pool in self.onward.keys() - pools:
+            del self.onward[pool]
+        for live in opened:
+            self._started(live, live.ledger.start())
+
+    def _hand_over(self, stream: Stream) -> None:
+        """To the group where a place is promised to it, once its first token is there, for then the KV of its prompt is in the node's
+        store. Once at most: what comes back, since no other group took it, has no place and stays."""
+        live = self.groups[stream.group_id]
+        if self.onward[live.group.pool].place(stream.rid) is not None:
+            stream.moving = True
+            self.slots[live.group.engine_id].engine.abort(stream.rid)
+
+    def _departs(self, stream: Stream) -> list[node_pb2.Successor]:
+        """To the group that keeps a place for it, if one does: a flip may have come between."""
+        name = stream.session.number, stream.submit.request_id
+        taker = self.onward[self.groups[stream.group_id].group.pool].depart(stream.rid, name, time.monotonic())
+        found = [live for live in self.groups.values() if live.ledger is taker]
+        return [node_pb2.Successor(group_id=live.group.group_id, epoch=live.wire.epoch) for live in found]
+
+    def _arrived(self, name: tuple[int, str]) -> bool:
+        return any([onward.arrived(name) for onward in self.onward.values()])
+
+    def _refill(self) -> None:
+        """Starts what has waited for a place that may be free now."""
+        for live in self.groups.values():
+            if live.ledger.onward is not None and live.ledger.queued_total:
+                self._started(live, live.ledger.start())
+
+    # The end of an engine
 
     def on_engine_ended(self, engine_id: str, message: str) -> None:
         """Its streams are told; its group waits for the engine that comes back."""
         slot = self.slots.get(engine_id)
         if slot is not None:
             slot.state, slot.message = agent_pb2.EngineReport.STATE_FAILED, message[:500]
-        for live in [g for g in self.groups.values() if g.group.engine_id == engine_id]:
+        hit = [g for g in self.groups.values() if g.group.engine_id == engine_id]
+        for live in hit:
             live.ledger.clear()  # first: what ends below must not make room on a dead engine
             if live.state == State.GROUP_STATE_OPEN:
                 live.state = State.GROUP_STATE_FAILED
+        self.link()
+        for live in hit:
             ours = [s for s in self.streams.values() if s.group_id == live.group.group_id and s.rid not in live.waiting]
             for stream in ours:
                 crashed = stream.on_engine and not stream.moving
@@ -267,6 +315,7 @@ class Node:
             return
         live.waiting.pop(stream.rid, None)
         self._started(live, live.ledger.finish(stream.rid, time.monotonic()))
+        self._refill()
 
     def _finish(self, stream: Stream, finish: node_pb2.Finish) -> None:
         self._forget(stream)
@@ -310,11 +359,15 @@ class Node:
         self.closed.pop(group.group_id, None)
         return live
 
-    def close(self, group_id: str, successors: tuple[str, ...]) -> None:
-        live = self.groups[group_id]
-        live.state = State.GROUP_STATE_CLOSING
-        self._remember(group_id, successors)
-        waiting = [e.rid for e in live.ledger.empty_queues()] + list(live.waiting)
+    def close(self, successors: dict[str, tuple[str, ...]]) -> None:
+        """Groups, each with those that take over; together, so that none starts what another gives up."""
+        waiting: list[str] = []
+        for group_id, after in successors.items():
+            live = self.groups[group_id]
+            live.state = State.GROUP_STATE_CLOSING
+            self._remember(group_id, after)
+            waiting += [*(e.rid for e in live.ledger.empty_queues()), *live.waiting]
+        self.link()
         for stream in [self.streams[rid] for rid in waiting if rid in self.streams]:
             self._refuse_stream(stream, Refused.REASON_MOVED, "the group is closing")
 
@@ -339,13 +392,17 @@ class Node:
         for stream in [s for s in self.streams.values() if s.group_id == group_id]:
             self._finish(stream, Finish(kind=Finish.KIND_MOVED, successors=self.successors(group_id)))
 
-    def open(self, group_id: str) -> None:
-        live = self.groups[group_id]
-        live.state = State.GROUP_STATE_OPEN
-        self.closed.pop(group_id, None)
-        waiting, live.waiting = live.waiting, {}
-        for stream in waiting.values():
-            self._admit(live, stream)
+    def open(self, *group_ids: str) -> None:
+        """Together: what one of them gathered may need a place in another."""
+        opened = [self.groups[group_id] for group_id in group_ids]
+        for live in opened:
+            live.state = State.GROUP_STATE_OPEN
+            self.closed.pop(live.group.group_id, None)
+        self.link()
+        for live in opened:
+            waiting, live.waiting = live.waiting, {}
+            for stream in waiting.values():
+                self._admit(live, stream)
 
     def remove(self, group_id: str, successors: tuple[str, ...]) -> None:
         live = self.groups[group_id]
@@ -355,6 +412,7 @@ class Node:
             self._finish(stream, Finish(kind=Finish.KIND_MOVED, successors=self.successors(group_id)))
         assert not live.waiting
         del self.groups[group_id]
+        self.link()
 
     def limits(self, engine_id: str) -> Limits:
         """What the groups on it say: one that opens before one that closes."""

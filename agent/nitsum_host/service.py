@@ -202,6 +202,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
                 slot = node.slots[group.engine_id]
                 live.ledger.set_capacity(group.capacity, group.shares, slot.info.max_total_tokens if slot.info else 0)
                 self.engines.awake.govern(slot)
+        node.link()
 
     async def _flip(self, d: agent_pb2.NodeDirective, layout: Layout, wires: dict[str, types_pb2.Group]) -> None:
         deadlines = dataclasses.replace(self.deadlines, let_finish_s=d.let_finish_ms / 1e3)
@@ -255,6 +256,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
     async def Drain(self, request: host_pb2.DrainRequest, context: Context) -> host_pb2.DrainResponse:
         """For a host that is about to go: there is no way back but starting it anew. A flip in work goes on to its end."""
         self.node.draining = True
+        self.node.link()
         log.info("draining %d streams within %d ms", len(self.node.streams), request.grace_ms)
         self.node.touch()
         deadline = asyncio.get_running_loop().time() + request.grace_ms / 1e3

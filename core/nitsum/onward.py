@@ -5,11 +5,12 @@ taken it, has ended, or is told to stay where it is. Between its end in the pref
 WAY_S at most: then it went elsewhere, or nowhere.
 """
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 from nitsum.ledger import QUEUED_MAX, Entry, Ledger
 
+Name = tuple[int, str]
+"""Of a submission that has left: its session, and its request there."""
 WAY_S = 2.0
 """A gateway needs milliseconds. One that is later finds its stream let in all the same: a stream that moves passes caps."""
 
@@ -28,7 +29,7 @@ class Onward:
         self.decode: tuple[Ledger, ...] = ()
         self._promised: dict[str, _Place] = {}
         """By request that runs where it prefills."""
-        self._on_way: dict[Hashable, tuple[float, _Place]] = {}
+        self._on_way: dict[Name, tuple[float, _Place]] = {}
         """Since when."""
 
     def link(self, prefill: tuple[Ledger, ...], decode: tuple[Ledger, ...]) -> tuple[Ledger, ...]:
@@ -75,7 +76,7 @@ class Onward:
         if (place := self._promised.pop(rid, None)) is not None:
             place.ledger.reserve(-1, -place.kv_tokens)
 
-    def depart(self, rid: str, name: Hashable, now: float) -> Ledger | None:
+    def depart(self, rid: str, name: Name, now: float) -> Ledger | None:
         """It leaves for its place, if it has one, which is kept until `name` has arrived. Its ledger is told of its end after this."""
         if (place := self._promised.pop(rid, None)) is None:
             return None
@@ -83,7 +84,7 @@ class Onward:
         self._on_way[name] = now, place
         return place.ledger
 
-    def arrived(self, name: Hashable) -> bool:
+    def arrived(self, name: Name) -> bool:
         """It is submitted again, wherever, or never will be. False: nothing was kept."""
         if (kept := self._on_way.pop(name, None)) is None:
             return False
@@ -91,7 +92,7 @@ class Onward:
         return True
 
     @property
-    def on_way(self) -> tuple[Hashable, ...]:
+    def on_way(self) -> tuple[Name, ...]:
         return tuple(self._on_way)
 
     def expire(self, now: float) -> None:

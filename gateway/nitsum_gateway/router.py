@@ -266,6 +266,7 @@ class Router:
             cache_salt=live.request.cache_salt or "",
             suspect=c.suspect,
             age_ms=min(int((time.monotonic() - live.arrived) * 1e3), 1 << 31),
+            follows=live.node_rid(c.hop - 1) if c.hop > 1 else "",
         )
         self.by_hop[submit.request_id] = live, c.hop, line
         sent = bool(line.send(node_pb2.AttachRequest(submit=submit)))

@@ -179,6 +179,22 @@ def test_a_line_that_was_replaced_takes_no_stream_of_its_successor_along() -> No
     inside(work)
 
 
+def test_a_submission_names_the_one_before_it_wherever_that_was() -> None:
+    """By that a node knows which place it kept."""
+
+    def work() -> None:
+        a, b = Line("a"), Line("b")
+        r, _ = router(a, b)
+        r.submit(request("r"))
+        first = a.submits()[0].request_id
+        r.on_frame(a, tokens(first, [4], Kind.KIND_MOVED))
+        second = b.submits()[0]
+        r.on_frame(b, tokens(second.request_id, [5], Kind.KIND_MOVED))
+        assert [s.follows for line in (a, b) for s in line.submits()] == ["", second.request_id, first]
+
+    inside(work)
+
+
 def test_too_long_for_an_engine_is_told_apart_from_invalid() -> None:
     def work() -> None:
         line = Line("a")

@@ -24,9 +24,9 @@ def test_what_would_find_no_place_waits_before_its_prefill() -> None:
     onward, (p,), (d,) = linked(Capacity(max_running=1))
     assert p.submit(entry("a"), 0) == Admitted()
     assert p.submit(entry("b"), 0) == Queued()
-    assert onward.depart("a", "a", 0) is d
+    assert onward.depart("a", (1, "a"), 0) is d
     assert p.finish("a", 0) == [], "its place is kept on its way"
-    assert onward.arrived("a")
+    assert onward.arrived((1, "a"))
     assert d.submit(replace(entry("a"), moved=True), 0) == Admitted()
     assert p.start() == []
     d.finish("a", 1)
@@ -55,12 +55,12 @@ def test_what_stays_has_no_place_and_waits_for_none() -> None:
 def test_nothing_is_kept_for_ever_on_its_way() -> None:
     onward, (p,), (d,) = linked(Capacity())
     p.submit(entry("a"), 0)
-    onward.depart("a", "a", 5)
+    onward.depart("a", (1, "a"), 5)
     p.finish("a", 5)
     onward.expire(5 + WAY_S - 0.01)
     assert d.reserved == 1
     onward.expire(5 + WAY_S)
-    assert (d.reserved, onward.on_way, onward.arrived("a")) == (0, (), False)
+    assert (d.reserved, onward.on_way, onward.arrived((1, "a"))) == (0, (), False)
 
 
 def test_a_ledger_that_no_longer_takes_in_keeps_nothing_and_others_promise() -> None:
@@ -68,12 +68,12 @@ def test_a_ledger_that_no_longer_takes_in_keeps_nothing_and_others_promise() -> 
     for rid in "abc":
         p.submit(entry(rid), 0)
     assert (first.reserved, second.reserved) == (2, 1)
-    onward.depart("a", "a", 0)
+    onward.depart("a", (1, "a"), 0)
     p.release("a", 0)
-    onward.depart("b", "b", 0)
+    onward.depart("b", (1, "b"), 0)
     p.release("b", 0)
     assert onward.link((p,), (second,)) == (p,)
-    assert (first.reserved, second.reserved, onward.on_way) == (0, 2, ("b",)), "of b on its way, and c"
+    assert (first.reserved, second.reserved, onward.on_way) == (0, 2, ((1, "b"),)), "of b on its way, and c"
     assert onward.link((p,), ()) == (p,)
     assert (second.reserved, second.reserved_kv_tokens, p.onward) == (0, 0, None)
     assert onward.link((p,), ()) == ()
@@ -107,13 +107,13 @@ def test_what_prefills_finds_a_place_where_it_decodes(acts: list[tuple[str, int,
             p.submit(entry(str(i), kv=kv, at=i), i)
         elif act == "over" and p.running:
             handed = next(iter(p.running.values()))
-            taker = onward.depart(handed.rid, handed.rid, 0)
+            taker = onward.depart(handed.rid, (1, handed.rid), 0)
             assert taker is not None
             away[handed.rid] = taker, handed
             p.finish(handed.rid, i)
         elif act in ("here", "lost") and away:
             rid, (taker, handed) = away.popitem()
-            assert onward.arrived(rid)
+            assert onward.arrived((1, rid))
             if act == "here":
                 assert taker.submit(replace(handed, moved=True), i) == Admitted()
         elif act == "gone" and p.running:

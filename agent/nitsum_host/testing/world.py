@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nitsum.flip import Deadlines
+from nitsum.layout import Role
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.host.v1 import host_pb2
@@ -94,6 +95,8 @@ class Gateway:
         submit = node_pb2.Submit(
             request_id=f"{name}/{self.hops[name]}", group_id=group_id, epoch=epoch, input_ids=[*prompt, *got], resume_k=len(got)
         )
+        if self.hops[name] > 1:
+            submit.follows = f"{name}/{self.hops[name] - 1}"
         submit.sampling.max_new_tokens, submit.suspect = count, self.crashes.get(name, 0) > 0
         self.node.submit(self, submit)
 
@@ -218,10 +221,27 @@ class World:
                 budget = live.group.capacity.prefill_tokens_per_step
                 assert budget
                 assert self.engine(live.group.engine_id).limits == Limits(budget), group_id
+        self._check_places()
         assert all(s.group_id in node.groups for s in node.streams.values())
         assert sorted(node.by_request.values()) == sorted(node.streams)
         for gpu in GPUS:
             assert sum(s.awake and gpu in s.wire.gpu_uuids for s in node.slots.values()) <= 1, gpu
+
+    def _check_places(self) -> None:
+        """What prefills, and what is on its way, has one place each in a group that is open for it; nothing else has."""
+        node = self.node
+        opened = [g for g in node.groups.values() if g.state == types_pb2.GROUP_STATE_OPEN and not node.draining]
+        decode = [g.ledger for g in opened if g.group.role is Role.DECODE]
+        prefill = [g for g in opened if g.group.role is Role.PREFILL] if decode else []
+        fresh = [
+            s for g in prefill for s in node.streams.values() if s.group_id == g.group.group_id and s.on_engine and not s.submit.resume_k
+        ]
+        places = [node.onward[POOL.name].place(s.rid) for s in fresh]
+        assert all(place in decode for place in places), places
+        on_way = sum(len(onward.on_way) for onward in node.onward.values())
+        assert sum(d.reserved for d in decode) == len(places) + on_way
+        assert not any(g.ledger.reserved or g.ledger.reserved_kv_tokens for g in node.groups.values() if g.ledger not in decode)
+        assert all(g in prefill for g in node.groups.values() if g.ledger.onward is not None)
 
     async def _watch(self) -> None:
         while True:

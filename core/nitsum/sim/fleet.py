@@ -186,7 +186,7 @@ class Fleet:
         r, gateway = live.request, self.gateways[live.gateway]
         gateway.routes.submitted(c.group)
         node = self.nodes[c.group[0]]
-        node.onward.arrived(live.rid)
+        node.onward.arrived((live.gateway, live.rid))
         g = node.groups.get(c.group[1])
         if g is None:
             closed = node.ending.get(c.group[1])
@@ -288,7 +288,7 @@ class Fleet:
         del g.lives[live.rid]
         live.warm_at, live.loads = g.key[0], True
         n = self.nodes[g.key[0]]
-        taker = n.onward.depart(live.rid, live.rid, self.now)
+        taker = n.onward.depart(live.rid, (live.gateway, live.rid), self.now)
         to = next((o for o in n.groups.values() if o.ledger is taker), None)
         g.ledger.release(live.rid, self.now)
         live.group = None

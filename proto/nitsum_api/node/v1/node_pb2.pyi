@@ -211,6 +211,7 @@ class Submit(_message.Message):
     SUSPECT_FIELD_NUMBER: _builtins.int
     QUEUE_MS_FIELD_NUMBER: _builtins.int
     AGE_MS_FIELD_NUMBER: _builtins.int
+    FOLLOWS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique in the gateway front; the host never shows it to another one."""
     group_id: _builtins.str
@@ -227,6 +228,10 @@ class Submit(_message.Message):
     """How long the request may wait in the group's queue; 0: the tier's TTFT target, or the host's bound."""
     age_ms: _builtins.int
     """Milliseconds since the client's request arrived at the gateway: the host orders its queues by it."""
+    follows: _builtins.str
+    """The request_id of its submission before this one, to whichever node; empty: it is the first. A place that is kept for that one in a
+    group that decodes is taken by this one, or given up if this one goes elsewhere.
+    """
     @_builtins.property
     def input_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Prompt, then what was generated so far."""
@@ -251,10 +256,11 @@ class Submit(_message.Message):
         suspect: _builtins.bool = ...,
         queue_ms: _builtins.int = ...,
         age_ms: _builtins.int = ...,
+        follows: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "age_ms", b"age_ms", "cache_salt", b"cache_salt", "epoch", b"epoch", "group_id", b"group_id", "input_ids", b"input_ids", "logprobs", b"logprobs", "queue_ms", b"queue_ms", "request_id", b"request_id", "resume_k", b"resume_k", "sampling", b"sampling", "suspect", b"suspect", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "age_ms", b"age_ms", "cache_salt", b"cache_salt", "epoch", b"epoch", "follows", b"follows", "group_id", b"group_id", "input_ids", b"input_ids", "logprobs", b"logprobs", "queue_ms", b"queue_ms", "request_id", b"request_id", "resume_k", b"resume_k", "sampling", b"sampling", "suspect", b"suspect", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
