@@ -218,6 +218,7 @@ class Node:
         now = time.monotonic()
         for onward in self.onward.values():
             onward.expire(now)
+        self._refill()
         for live in self.groups.values():
             late = [self.streams[e.rid] for e in live.ledger.expire(now) if e.rid in self.streams]
             for stream in [*late, *(s for s in live.waiting.values() if s.expires <= now)]:
@@ -257,6 +258,7 @@ class Node:
             self.onward.setdefault(pool, Onward()).link(prefill, decode)
         for pool in self.onward.keys() - pools:
             del self.onward[pool]
+        self._refill()
         for live in opened:
             self._started(live, live.ledger.start())
 
@@ -280,9 +282,10 @@ class Node:
 
     def _refill(self) -> None:
         """Starts what has waited for a place that may be free now."""
-        for live in self.groups.values():
-            if live.ledger.onward is not None and live.ledger.queued_total:
-                self._started(live, live.ledger.start())
+        for entry in [e for onward in self.onward.values() for e in onward.start()]:
+            if entry.rid in self.streams:
+                stream = self.streams[entry.rid]
+                self._start(self.groups[stream.group_id], stream)
 
     # The end of an engine
 
@@ -314,8 +317,9 @@ class Node:
         if live is None:
             return
         live.waiting.pop(stream.rid, None)
-        self._started(live, live.ledger.finish(stream.rid, time.monotonic()))
+        live.ledger.release(stream.rid, time.monotonic())
         self._refill()
+        self._started(live, live.ledger.start())
 
     def _finish(self, stream: Stream, finish: node_pb2.Finish) -> None:
         self._forget(stream)

@@ -162,7 +162,7 @@ class Ledger:
     def submit(self, entry: Entry, now: float) -> Answer:
         assert entry.rid not in self.running, entry.rid
         ahead = any(self._queues[: entry.admission + 1]) and not entry.moved
-        if not self._held(entry) and not self._blocked(entry) and not (ahead and self._startable()):
+        if not self._held(entry) and not self._blocked(entry) and not (ahead and self.startable()):
             self._run(entry)
             return Admitted()
         before = sum(map(len, self._queues[: entry.admission + 1]))  # what waits behind it does not keep it out
@@ -173,7 +173,8 @@ class Ledger:
         self._moved_waiting += entry.moved
         return Queued()
 
-    def _startable(self) -> Entry | None:
+    def startable(self) -> Entry | None:
+        """What would start now; by then others may have taken its place."""
         for moved in (True, False) if self._moved_waiting else (False,):
             for entry in chain.from_iterable(self._queues):
                 if entry.moved is moved and not self._held(entry):
@@ -183,12 +184,16 @@ class Ledger:
     def start(self) -> list[Entry]:
         """Moves what may start from the queues to running, in order."""
         started = []
-        while (entry := self._startable()) is not None:
+        while (entry := self.start_one()) is not None:
+            started.append(entry)
+        return started
+
+    def start_one(self) -> Entry | None:
+        if (entry := self.startable()) is not None:
             self._queues[entry.admission].remove(entry)
             self._moved_waiting -= entry.moved
             self._run(entry)
-            started.append(entry)
-        return started
+        return entry
 
     def finish(self, rid: str, now: float) -> list[Entry]:
         """Ends a running or a waiting request; returns those that start in its place."""

@@ -67,6 +67,15 @@ class Onward:
         self._promised[entry.rid] = _Place(taker, entry.kv_tokens)
         taker.reserve(1, entry.kv_tokens)
 
+    def start(self) -> list[Entry]:
+        """Starts what waits for places, as if in one queue: where one place comes free at a time, no group may always be the first."""
+        started: list[Entry] = []
+        while heads := [(not e.moved, e.admission, e.arrived, i) for i, p in enumerate(self.prefill) if (e := p.startable()) is not None]:
+            entry = self.prefill[min(heads)[-1]].start_one()
+            assert entry is not None
+            started.append(entry)
+        return started
+
     def place(self, rid: str) -> Ledger | None:
         """Where a request that runs has a place."""
         return self._promised[rid].ledger if rid in self._promised else None

@@ -106,4 +106,4 @@ def test_sums_that_it_keeps_are_those_of_what_runs(story: list[tuple[str, int, A
         assert ledger._moved_waiting == sum(e.moved for e in waits)
         assert sum(not e.moved for e in runs) <= 4
         free = [e for e in sorted(waits, key=lambda e: not e.moved) if not ledger._held(e)]  # the rule, spelled out
-        assert ledger._startable() is (free[0] if free and not ledger._blocked(free[0]) else None)
+        assert ledger.startable() is (free[0] if free and not ledger._blocked(free[0]) else None)

@@ -52,6 +52,22 @@ def test_what_stays_has_no_place_and_waits_for_none() -> None:
     assert (onward.place("back"), d.reserved) == (None, 1)
 
 
+def test_places_go_to_those_that_wait_longest_in_whichever_group() -> None:
+    onward, prefill, (d,) = linked(Capacity(max_running=1), prefill=2)
+    d.submit(entry("d"), 0)
+    late, early = prefill
+    late.submit(entry("later", at=3), 3)
+    early.submit(entry("first", at=1), 3)
+    late.submit(replace(entry("last", at=0), admission=Admission.BACKGROUND), 3)
+    early.submit(entry("second", at=2), 3)
+    order = ["d"]
+    for _ in range(4):
+        for ledger in (d, early, late):
+            ledger.release(order[-1], 4)
+        order += [e.rid for e in onward.start()]
+    assert order == ["d", "first", "second", "later", "last"]
+
+
 def test_nothing_is_kept_for_ever_on_its_way() -> None:
     onward, (p,), (d,) = linked(Capacity())
     p.submit(entry("a"), 0)
