@@ -64,6 +64,8 @@ class Stream:
     """It is being aborted so that it goes on elsewhere."""
     gone: bool = False
     """So is its client: it goes on nowhere."""
+    begun: bool = False
+    """Tokens have come of it."""
     tokens: int = 0
 
 
@@ -240,8 +242,9 @@ class Node:
                     after = self._departs(stream) or self.successors(stream.group_id)
                     delta.finish.CopyFrom(Finish(kind=Finish.KIND_MOVED, successors=after))
                 self._forget(stream)
-            elif delta.token_ids and not stream.moving:
+            elif delta.token_ids:
                 self._hand_over(stream)
+                stream.begun = True
             batches.setdefault(stream.session, node_pb2.TokenBatch()).deltas.append(delta)
         for session, batch in batches.items():
             session.send(node_pb2.AttachResponse(tokens=batch))
@@ -264,9 +267,16 @@ class Node:
 
     def _hand_over(self, stream: Stream) -> None:
         """To the group where a place is promised to it, once its first token is there, for then the KV of its prompt is in the node's
-        store. Once at most: what comes back, since no other group took it, has no place and stays."""
+        store. Once at most: what comes back, since no other group took it, has no place and stays. So does what has begun before there was
+        one: the KV of what it made would be computed again in the steps of those that decode."""
         live = self.groups[stream.group_id]
-        if self.onward[live.group.pool].place(stream.rid) is not None:
+        onward = self.onward[live.group.pool]
+        if stream.moving or onward.place(stream.rid) is None:
+            return
+        if stream.begun:
+            onward.release(stream.rid)
+            self._refill()
+        else:
             stream.moving = True
             self.slots[live.group.engine_id].engine.abort(stream.rid)
 

@@ -58,14 +58,15 @@ def test_places_go_to_those_that_wait_longest_in_whichever_group() -> None:
     late, early = prefill
     late.submit(entry("later", at=3), 3)
     early.submit(entry("first", at=1), 3)
-    late.submit(replace(entry("last", at=0), admission=Admission.BACKGROUND), 3)
     early.submit(entry("second", at=2), 3)
+    early.submit(replace(entry("last", at=0), admission=Admission.BACKGROUND), 3)
+    late.submit(entry("latest", at=4), 4)
     order = ["d"]
-    for _ in range(4):
+    for _ in range(5):
         for ledger in (d, early, late):
             ledger.release(order[-1], 4)
         order += [e.rid for e in onward.start()]
-    assert order == ["d", "first", "second", "later", "last"]
+    assert order == ["d", "first", "second", "later", "latest", "last"]
 
 
 def test_nothing_is_kept_for_ever_on_its_way() -> None:
@@ -107,7 +108,9 @@ def test_a_ledger_that_no_longer_hands_over_gives_its_places_up() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["new", "over", "here", "lost", "done", "gone", "clear", "link"]), st.integers(0, 1), st.integers(1, 60)),
+        st.tuples(
+            st.sampled_from(["new", "over", "here", "lost", "done", "gone", "clear", "own", "link"]), st.integers(0, 1), st.integers(1, 60)
+        ),
         max_size=80,
     )
 )
@@ -138,9 +141,10 @@ def test_what_prefills_finds_a_place_where_it_decodes(acts: list[tuple[str, int,
             p.clear()
         elif act == "done" and d.running:
             d.finish(next(iter(d.running)), i)
-        elif act == "link":
+        elif act == "own":
             d.submit(entry(str(i), kv=kv, at=i), i)  # takes no promised place
-            onward.link((prefill[1], prefill[0])[: 1 + which], tuple(decode))
+        elif act == "link" and not p.running:  # what runs might find its new place narrower
+            onward.link((prefill[1 - which],), tuple(decode))
             onward.link(tuple(prefill), tuple(decode))
         for waiting in (*prefill, *decode):
             waiting.start()

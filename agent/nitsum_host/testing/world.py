@@ -228,7 +228,7 @@ class World:
             assert sum(s.awake and gpu in s.wire.gpu_uuids for s in node.slots.values()) <= 1, gpu
 
     def _check_places(self) -> None:
-        """What prefills, and what is on its way, has one place each in a group that is open for it; nothing else has."""
+        """What prefills, and what is on its way, has one place each in a group that is open for it; what has begun, at most one."""
         node = self.node
         opened = [g for g in node.groups.values() if g.state == types_pb2.GROUP_STATE_OPEN and not node.draining]
         decode = [g.ledger for g in opened if g.group.role is Role.DECODE]
@@ -237,9 +237,9 @@ class World:
             s for g in prefill for s in node.streams.values() if s.group_id == g.group.group_id and s.on_engine and not s.submit.resume_k
         ]
         places = [node.onward[POOL.name].place(s.rid) for s in fresh]
-        assert all(place in decode for place in places), places
+        assert all(s.begun if place is None else place in decode for s, place in zip(fresh, places, strict=True)), places
         on_way = sum(len(onward.on_way) for onward in node.onward.values())
-        assert sum(d.reserved for d in decode) == len(places) + on_way
+        assert sum(d.reserved for d in decode) == sum(place is not None for place in places) + on_way
         assert not any(g.ledger.reserved or g.ledger.reserved_kv_tokens for g in node.groups.values() if g.ledger not in decode)
         assert all(g in prefill for g in node.groups.values() if g.ledger.onward is not None)
 
