@@ -206,7 +206,7 @@ def test_every_policy_runs_and_figures_are_the_same_bytes_for_the_same_seed() ->
     s = replace(s, pool=replace(s.pool, checkpoint="c0ffee"))  # engines of the pool's own checkpoint, or planners take none for theirs
     t = traffic({"strict": 6, "loose": 10, "batch": 1}, "8s")
     names = registry.expand(
-        "plain-tp2,aware-tp2,apart,static-tpN,static-partition,static-pd,resplit-tp2,replicas-tp2,restart-tp,nitsum,nitsum@copy,nitsum@2s,oracle",
+        "plain-tp2,aware-tp2,apart,static-tpN,static-partition,static-pd,resplit-tp2,replicas,replicas-tp2,restart-tp,nitsum,nitsum@copy,nitsum@2s,oracle",
         s,
     )
     first = json.dumps(compare.run(names, s, t).figures())

@@ -8,14 +8,19 @@ from typing import Any
 from nitsum.sim.arrivals import Traffic
 from nitsum.sim.fleet import Fleet
 from nitsum.sim.metrics import policy_figures
-from nitsum.sim.policies import disaggregated, oracle, partition, registry
+from nitsum.sim.policies import disaggregated, oracle, partition, profiled, registry
 from nitsum.sim.policies.registry import Setting
 from nitsum.sim.result import RunResult
 
 Progress = Callable[[str, float], None]
 """(policy, simulated second)"""
 
-SEARCHED = {partition.NAME: partition.best, "apart": partition.best, disaggregated.NAME: disaggregated.best}
+SEARCHED = {
+    partition.NAME: partition.best,
+    "apart": partition.best,
+    disaggregated.NAME: disaggregated.best,
+    profiled.NAME: profiled.best,
+}
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from nitsum.sim.policies.standing import Standing
 from nitsum.topology import Node
 
 NAMES = (
-    *("plain-tpN", "aware-tpN", "apart", "static-tpN", "static-partition", "static-pd", "resplit-tpN", "replicas-tpN"),
-    *("restart-tp", "nitsum", "nitsum@FLIP", "oracle"),
+    *("plain-tpN", "aware-tpN", "apart", "static-tpN", "static-partition", "static-pd", "resplit-tpN"),
+    *("replicas", "replicas-tpN", "restart-tp", "nitsum", "nitsum@FLIP", "oracle"),
 )
 """FLIP: what a flip costs: free, copy, recompute (as `nitsum` itself), or a pause like 30s."""
-SEARCHED = ("static-partition", "apart", "static-pd", "oracle")
+SEARCHED = ("static-partition", "apart", "static-pd", replicas.NAME, "oracle")
 """Made from the traffic they will see."""
 RESTART_S = 30.0
 
@@ -184,3 +184,5 @@ def check(names: tuple[str, ...], s: Setting) -> None:
     for name in names:
         if name not in SEARCHED:
             build(name, s)
+        elif name == replicas.NAME:
+            replicas.degrees(s.pool, s.nodes, s.tps, f"policy {name}")

@@ -19,6 +19,7 @@ from nitsum.sim.policies.layouts import uniform
 from nitsum.sim.policies.standing import Standing
 from nitsum.topology import Node
 
+NAME = "replicas"
 THROUGHPUT_S, LOAD_S = 180.0, 5.0
 OVERLOAD, SPARE = 1.0, 0.7
 """Load over safe capacity above which a tier wants one more, and below which one can be taken."""
@@ -62,6 +63,15 @@ def first(pool: Pool, nodes: Sequence[Node], tp_size: int, path: str) -> dict[st
     if total < len(names):
         raise InvalidSpec(path, f"{total} replicas cannot serve {len(names)} tiers apart")
     return _assign(pool, layouts, {t: total // len(names) + (i < total % len(names)) for i, t in enumerate(names)})
+
+
+def degrees(pool: Pool, nodes: Sequence[Node], tps: Sequence[int], path: str) -> tuple[int, ...]:
+    """Those of `tps` at which every tier can have a replica. Raises InvalidSpec where there is none."""
+    least = len(_judged(pool)[0])
+    most = {tp: min(pool.budget_gpus // tp, sum(len(n.blocks(tp)) for n in nodes)) for tp in tps}
+    if not (found := tuple(tp for tp, n in most.items() if n >= least)):
+        raise InvalidSpec(path, f"{max(most.values())} replicas cannot serve {least} tiers apart")
+    return found
 
 
 class Replicas:
