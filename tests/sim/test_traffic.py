@@ -71,8 +71,21 @@ def test_mooncake_counts_all_that_is_wrong() -> None:
     bad = [row(timestamp=9000), row(timestamp=3000, output_length=-2), row(timestamp=9000, input_length=None)]
     with pytest.raises(InvalidSpec, match=r"m: line 2: .*negative output_length \(first: line 2\).*unsorted timestamp.*no input_length"):
         mooncake.parse(bad, "m", rng())
-    with pytest.raises(InvalidSpec, match="m: line 2: not JSON"):
+    with pytest.raises(InvalidSpec, match=r"m: line 2: 1 row\(s\) with text that is not JSON \(first: line 2\)"):
         mooncake.parse([row(), "{\n"], "m", rng())
+    with pytest.raises(InvalidSpec, match=r"unsorted timestamp \(first: line 3\)"):
+        mooncake.parse([row(timestamp=9000), row(timestamp=None), row(timestamp=3000)], "m", rng())
+
+
+def test_a_line_of_json_that_is_no_object_hides_no_other() -> None:
+    for parse in (lambda lines: mooncake.parse(lines, "m", rng()), lambda lines: servegen.parse(lines, "m")):
+        with pytest.raises(InvalidSpec) as e:
+            parse(["[1]\n", "{\n", "\n", "1" * 5000 + "\n", "[" * 100_000 + "\n", "{}\n", "null\n"])
+        text = str(e.value)
+        assert text.startswith("m: line 1: 2 row(s) with JSON that is not an object (first: line 1); ")
+        assert "3 row(s) with text that is not JSON (first: line 2)" in text
+        assert "row(s) with no " in text
+        assert "(first: line 6)" in text
 
 
 def client(windows: list[str], **change: object) -> str:
@@ -95,25 +108,61 @@ def test_servegen_keeps_rates_lengths_and_silence() -> None:
     assert np.histogram(at, [0, 300, 900, 1500, 1800])[0] == pytest.approx([0, 7200, 3600, 0], rel=0.2)
 
 
+GOOD = "0,2,1,Gamma,1,1"
+
+
+def dataset(prompt: object, output: object = "{1: 1}", key: str = "0") -> dict[str, object]:
+    return {key: {"input_tokens": prompt, "output_tokens": output}}
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (client(["0,2,1,Pareto,1,1"]), r"s: line 1: trace\[0\]: pattern 'Pareto' is not one of Gamma, Weibull"),
-        (client(["0,-2,1,Gamma,1,1"]), r"trace\[0\]: start 0 and rate -2 must not be negative"),
-        (client(["0,2,1,Gamma,0,1"]), r"trace\[0\]: arg1"),
-        (client(["600,2,1,Gamma,1,1", "0,2,1,Gamma,1,1"]), "1 row.s. with an unsorted window_start_s"),
-        (client(["0,2"]), r"trace\[0\]: must be window_start_s"),
-        (client(["0,2,1,Gamma,1,1"], dataset={}), "dataset: missing or empty"),
+        (client(["0,2,1,Pareto,1,1"]), "1 window(s) with a pattern that is not one of Gamma, Weibull (first: line 1, trace[0])"),
+        (client(["0,-2,1,Gamma,1,1"]), "1 window(s) with a negative rate_rps (first: line 1, trace[0])"),
+        (client(["-1,2,1,Gamma,1,1"]), "a negative window_start_s"),
+        (client(["inf,2,1,Gamma,1,1"]), "a window_start_s that is not a number"),
+        (client(["0,,1,Gamma,1,1"]), "no rate_rps"),
+        (client(["0,nan,1,Gamma,1,1"]), "a rate_rps that is not a number"),
+        (client(["0,2,1,Gamma,0,1"]), "an arg1 (the shape) of 0"),
+        (client(["0,2,1,Gamma,,1"]), "no arg1"),
+        (client(["600,2,1,Gamma,1,1", GOOD]), "1 window(s) with an unsorted window_start_s (first: line 1, trace[1])"),
+        (client(["0,2"]), "1 window(s) with 2 instead of 6 columns"),
+        (client([GOOD], trace_columns=["start"]), "1 row(s) with other trace_columns (first: line 1)"),
+        (client([]), "no trace (a list)"),
+        (client([GOOD], dataset={}), "no dataset (a dict)"),
         (
-            client(["0,2,1,Gamma,1,1"], dataset={"0": {"input_tokens": "__import__('os')", "output_tokens": "{1: 1}"}}),
-            "dataset.0.input_tokens",
+            client([GOOD], dataset=dataset("__import__('os')")),
+            "1 distribution(s) with text that is not a Python dict of length: probability (first: line 1, dataset.0.input_tokens)",
         ),
-        (client(["0,2,1,Gamma,1,1"], dataset={"0": {"input_tokens": "{}", "output_tokens": "{}"}}), "holds no lengths"),
+        (client([GOOD], dataset=dataset("{1e999: 1}")), "lengths that are negative or not whole"),
+        (client([GOOD], dataset=dataset("{1.5: 1}")), "lengths that are negative or not whole"),
+        (client([GOOD], dataset=dataset("{1: 1}", {"5": -1, "6": 2})), "probabilities that are negative or not numbers"),
+        (client([GOOD], dataset=dataset("{1: 0}")), "no probability above 0"),
+        (client([GOOD], dataset=dataset("{1: 1}", key="noon")), "a name that is not its first second"),
+        (client([GOOD], dataset={"0": [1]}), "no input_tokens and output_tokens"),
+        (client([GOOD], dataset=dataset("{}", "{}")), "no lengths in dataset, though the client has requests"),
     ],
 )
 def test_servegen_names_line_and_field(line: str, said: str) -> None:
-    with pytest.raises(InvalidSpec, match=said):
+    with pytest.raises(InvalidSpec) as e:
         servegen.parse([line], "s")
+    assert str(e.value).startswith("s: line 1: ")
+    assert said in str(e.value)
+    assert str(e.value).count("(s) with") == 1, "one thing is wrong"
+    assert "rising starts and numbers of at least 0" in str(e.value)
+
+
+def test_servegen_counts_all_that_is_wrong() -> None:
+    bad = client([GOOD, "600,-2,1,Gamma,1,1", "1200,-1,1,Gamma,1,1"], dataset=dataset("{-1: 1}", "nothing"))
+    with pytest.raises(InvalidSpec) as e:
+        servegen.parse([client([GOOD]), client(["0,x,1,Gamma,1,1"]), bad, bad, client(["600,2,1,Gamma,1,1", GOOD])], "s")
+    text = str(e.value)
+    assert text.startswith("s: line 2: 1 window(s) with a rate_rps that is not a number (first: line 2, trace[0]); ")
+    assert "4 window(s) with a negative rate_rps (first: line 3, trace[1])" in text
+    assert "2 distribution(s) with lengths that are negative or not whole (first: line 3, dataset.0.input_tokens)" in text
+    assert "2 distribution(s) with text that is not a Python dict of length: probability (first: line 3, dataset.0.output_tokens)" in text
+    assert "1 window(s) with an unsorted window_start_s (first: line 5, trace[1])" in text
 
 
 def recorded(n: int = 2000) -> Trace:

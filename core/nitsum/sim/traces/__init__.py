@@ -1,5 +1,7 @@
 """Recorded traffic: pure parsers over lines. What is wrong in a file is counted over all of it, then raised; never mended in silence."""
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
@@ -29,16 +31,22 @@ class Trace:
         return len(self.at) / self.length_s
 
 
+LEGAL = "Times must not fall, lengths must be whole numbers of at least 0"
+
+
 @dataclass
 class Problems:
-    """What is wrong with a file, by kind, with the first line of each."""
+    """What is wrong with a file, by kind, with the first place of each. `legal`: the legal values."""
 
     name: str
-    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    legal: str = LEGAL
+    seen: dict[str, tuple[int, int, str]] = field(default_factory=dict)
 
-    def add(self, kind: str, line: int) -> None:
-        count, first = self.seen.get(kind, (0, line))
-        self.seen[kind] = count + 1, first
+    def add(self, kind: str, line: int, at: str = "", noun: str = "row") -> None:
+        """`noun`: what has the problem, at `at` in its line."""
+        kind = f"{noun}(s) with {kind}"
+        count, *first = self.seen.get(kind, (0, line, at))
+        self.seen[kind] = count + 1, *first
 
     def fail(self, line: int, message: str) -> NoReturn:
         """For what makes the rest of the file unreadable."""
@@ -48,11 +56,25 @@ class Problems:
         """Raises InvalidSpec with every count."""
         if self.seen:
             ordered = sorted(self.seen.items(), key=lambda x: (x[1][1], x[0]))
-            text = "; ".join(f"{n} row(s) with {kind} (first: line {first})" for kind, (n, first) in ordered)
-            line = min(first for _, first in self.seen.values())
-            raise InvalidSpec(f"{self.name}: line {line}", f"{text}. Times must not fall, lengths must be whole numbers of at least 0")
+            text = "; ".join(f"{n} {kind} (first: line {line}{at and ', '}{at})" for kind, (n, line, at) in ordered)
+            raise InvalidSpec(f"{self.name}: line {ordered[0][1][1]}", f"{text}. {self.legal}")
         if not rows:
             raise InvalidSpec(self.name, "holds no requests")
+
+    def objects(self, lines: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(line, object) of JSON lines; those that are none are counted."""
+        for number, text in enumerate(lines, 1):
+            if not text.strip():
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
+                self.add("text that is not JSON", number)
+                continue
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                self.add("JSON that is not an object", number)
 
     def whole(self, text: object, what: str, line: int) -> int:
         """A count of tokens; -1 and a problem where there is none."""

@@ -4,12 +4,11 @@ The published conversation trace has one timestamp per 3 s tick. Replayed as it 
 never did; they are spread evenly at random over their tick, which the result declares. Prefix blocks (`hash_ids`) are not simulated.
 """
 
-import json
 from collections.abc import Iterable
 
 import numpy as np
 
-from nitsum.sim.traces import Problems, Trace, make
+from nitsum.sim.traces import LEGAL, Problems, Trace, make
 
 TICK_MS_MIN = 1000
 """Timestamps on a coarser grid than this are ticks."""
@@ -17,22 +16,16 @@ TICK_MS_MIN = 1000
 
 def parse(lines: Iterable[str], name: str, rng: np.random.Generator) -> Trace:
     """Raises InvalidSpec that names the file and line."""
-    problems = Problems(name)
+    problems = Problems(name, f"A line is an object with timestamp, input_length and output_length. {LEGAL}")
     at: list[int] = []
     prompt: list[int] = []
     output: list[int] = []
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as e:
-            problems.fail(number, f"not JSON: {e.msg}")
-        if not isinstance(row, dict):
-            problems.fail(number, "must be an object with timestamp, input_length and output_length")
+    last = 0
+    for number, row in problems.objects(lines):
         ms = problems.whole(row.get("timestamp"), "timestamp", number)
-        if at and 0 <= ms < at[-1]:
+        if 0 <= ms < last:
             problems.add("an unsorted timestamp", number)
+        last = ms if ms >= 0 else last
         at.append(ms)
         prompt.append(problems.whole(row.get("input_length"), "input_length", number))
         output.append(problems.whole(row.get("output_length"), "output_length", number))

@@ -7,7 +7,6 @@ stationary renewal process (its first gap is a residual one), so that counts are
 
 import ast
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,11 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from nitsum.errors import InvalidSpec
 from nitsum.sim.traces import Floats, Ints, Problems
 
 COLUMNS = ["window_start_s", "rate_rps", "cv", "pattern", "arg1", "arg2"]
 FAMILIES = ("Gamma", "Weibull")
+MOST = 1e9
+"""What is not below it is no time, rate, shape or length."""
+LEGAL = (
+    f"A line is a client: trace, a list of {','.join(COLUMNS)} with rising starts and numbers of at least 0; dataset, by first second"
+    " input_tokens and output_tokens, Python dicts of length: probability"
+)
 
 
 @dataclass(frozen=True)
@@ -110,79 +114,104 @@ def renewals(duration_s: float, rate: float, family: str, shape: float, rng: np.
     return times[times < duration_s]
 
 
-def _window(text: Any, where: str) -> Window:
+def _number(text: str, column: str, problems: Problems, line: int, at: str) -> float:
+    """Of at least 0; NaN and a problem where there is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < MOST:
+        problems.add(f"a {column} that is not a number" if text else f"no {column}", line, at, "window")
+        return math.nan
+    if value < 0:
+        problems.add(f"a negative {column}", line, at, "window")
+        return math.nan
+    return value
+
+
+def _window(text: Any, problems: Problems, line: int, at: str) -> Window | None:
+    """None and problems where it is none."""
     fields = [f.strip() for f in text.split(",")] if isinstance(text, str) else []
     if len(fields) != len(COLUMNS):
-        raise InvalidSpec(where, f"must be {','.join(COLUMNS)}")
-    try:
-        start, rate = float(fields[0]), float(fields[1])
-        shape = float(fields[4] or 0)
-    except ValueError as e:
-        raise InvalidSpec(where, f"{e}; all but the pattern are numbers") from e
-    if not (start >= 0 and 0 <= rate < 1e9):
-        raise InvalidSpec(where, f"start {fields[0]} and rate {fields[1]} must not be negative")
+        problems.add(f"{len(fields)} instead of {len(COLUMNS)} columns" if fields else "no text", line, at, "window")
+        return None
+    start, rate = (_number(fields[i], COLUMNS[i], problems, line, at) for i in (0, 1))
+    shape = _number(fields[4], COLUMNS[4], problems, line, at) if rate or fields[4] else 0.0
     if rate > 0 and fields[3] not in FAMILIES:
-        raise InvalidSpec(where, f"pattern {fields[3]!r} is not one of {', '.join(FAMILIES)}")
-    if rate > 0 and not shape > 0:
-        raise InvalidSpec(where, f"arg1 (the shape) is {fields[4]}, must be above 0")
-    return Window(start, rate, fields[3], shape)
+        problems.add(f"a {COLUMNS[3]} that is not one of {', '.join(FAMILIES)}", line, at, "window")
+    if rate > 0 and shape == 0:
+        problems.add(f"an {COLUMNS[4]} (the shape) of 0", line, at, "window")
+    return None if math.isnan(start) else Window(start, rate, fields[3], shape)
 
 
-def _lengths(text: Any, where: str) -> Lengths:
+def _lengths(text: Any, problems: Problems, line: int, at: str) -> Lengths | None:
+    """None and a problem where it is none."""
     try:
         pdf = ast.literal_eval(text) if isinstance(text, str) else text
-        values = np.asarray([int(v) for v in pdf], dtype=np.int64)
-        weights = np.asarray([float(p) for p in pdf.values()])
-    except (ValueError, SyntaxError, TypeError, AttributeError, MemoryError, RecursionError) as e:
-        raise InvalidSpec(where, "must be a Python dict of length: probability") from e
-    if not len(values) or (values < 0).any() or (weights < 0).any() or not weights.sum() > 0:
-        raise InvalidSpec(where, "must hold lengths and probabilities that are not negative, and one probability above 0")
-    return Lengths(values, np.cumsum(weights))
+        values, weights = (np.asarray([float(x) for x in of], dtype=np.float64) for of in (pdf.keys(), pdf.values()))
+    except (ValueError, SyntaxError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError):
+        problems.add("text that is not a Python dict of length: probability", line, at, "distribution")
+        return None
+    kinds = {
+        "lengths that are negative or not whole": not ((values >= 0) & (values < MOST) & (values == np.floor(values))).all(),
+        "probabilities that are negative or not numbers": not ((weights >= 0) & (weights < MOST)).all(),
+        "no probability above 0": not (weights > 0).any(),
+    }
+    for kind in (found := [kind for kind, wrong in kinds.items() if wrong]):
+        problems.add(kind, line, at, "distribution")
+    return None if found else Lengths(values.astype(np.int64), np.cumsum(weights))
+
+
+def _stretches(dataset: dict[str, Any], asked: bool, problems: Problems, line: int) -> list[tuple[float, Lengths, Lengths]]:
+    """Lengths by the second from which they hold, in order. `asked`: there must be some."""
+    found, silent = [], 0
+    for key, pdfs in dataset.items():
+        at = f"dataset.{key}"
+        try:
+            second = float(key)
+        except ValueError:
+            second = math.nan
+        if not 0 <= second < MOST:
+            problems.add("a name that is not its first second", line, at, "distribution")
+        if not isinstance(pdfs, dict):
+            problems.add("no input_tokens and output_tokens", line, at, "distribution")
+            continue
+        of = [pdfs.get(name) for name in ("input_tokens", "output_tokens")]
+        if all(pdf in ("{}", {}, "", None) for pdf in of):
+            silent += 1
+            continue  # a stretch without requests has no lengths either
+        prompt, output = (
+            _lengths(pdf, problems, line, f"{at}.{name}") for pdf, name in zip(of, ("input_tokens", "output_tokens"), strict=True)
+        )
+        if prompt and output:
+            found.append((second, prompt, output))
+    if asked and silent == len(dataset):
+        problems.add("no lengths in dataset, though the client has requests", line)
+    return sorted(found, key=lambda x: x[0])
 
 
 def parse(lines: Iterable[str], name: str) -> Parameters:
-    """Windows without requests are legal. Raises InvalidSpec that names the file, line and field."""
-    problems, clients, starts = Problems(name), [], set[float]()
-    for number, text in enumerate(lines, 1):
-        if not text.strip():
+    """Windows without requests are legal. Raises InvalidSpec that names the file, lines and fields, with counts."""
+    problems, clients, starts = Problems(name, LEGAL), [], set[float]()
+    for line, row in problems.objects(lines):
+        if row.get("trace_columns", COLUMNS) != COLUMNS:
+            problems.add("other trace_columns", line)
+        traced, dataset = row.get("trace"), row.get("dataset")
+        if not isinstance(traced, list) or not traced:
+            problems.add("no trace (a list)", line)
+            traced = []
+        if not isinstance(dataset, dict) or not dataset:
+            problems.add("no dataset (a dict)", line)
             continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as e:
-            problems.fail(number, f"not JSON: {e.msg}")
-        if not isinstance(row, dict) or row.get("trace_columns", COLUMNS) != COLUMNS:
-            problems.fail(number, f"must be an object whose trace_columns are {', '.join(COLUMNS)}")
-        for key, kind in (("trace", list), ("dataset", dict)):
-            if not isinstance(row.get(key), kind) or not row[key]:
-                problems.fail(number, f"{key}: missing or empty; a client has trace (a list) and dataset (a dict)")
-        at = f"{name}: line {number}"
-        windows = tuple(_window(w, f"{at}: trace[{i}]") for i, w in enumerate(row["trace"]))
-        for i in range(1, len(windows)):
-            if windows[i].start_s <= windows[i - 1].start_s:
-                problems.add("an unsorted window_start_s", number)
-        lengths = []
-        for key, pdfs in row["dataset"].items():
-            where = f"{at}: dataset.{key}"
-            if not isinstance(pdfs, dict):
-                raise InvalidSpec(where, "must hold input_tokens and output_tokens")
-            try:
-                second = float(key)
-            except ValueError as e:
-                raise InvalidSpec(where, "must be named by its first second") from e
-            # A stretch without requests has no lengths either.
-            if pdfs.get("input_tokens") in ("{}", {}, "", None) and pdfs.get("output_tokens") in ("{}", {}, "", None):
-                continue
-            lengths.append(
-                (
-                    second,
-                    _lengths(pdfs.get("input_tokens"), f"{where}.input_tokens"),
-                    _lengths(pdfs.get("output_tokens"), f"{where}.output_tokens"),
-                )
-            )
-        if any(w.rate > 0 for w in windows) and not lengths:
-            raise InvalidSpec(f"{at}: dataset", "holds no lengths, though the client has requests")
+        windows: list[Window] = []
+        for i, text in enumerate(traced):
+            if (w := _window(text, problems, line, at := f"trace[{i}]")) is not None:
+                if windows and w.start_s <= windows[-1].start_s:
+                    problems.add(f"an unsorted {COLUMNS[0]}", line, at, "window")
+                windows.append(w)
+        lengths = _stretches(dataset, any(w.rate > 0 for w in windows), problems, line)
         starts |= {w.start_s for w in windows}
-        clients.append(Client(windows, tuple(sorted(lengths, key=lambda x: x[0]))))
+        clients.append(Client(tuple(windows), tuple(lengths)))
     problems.check(len(clients))
     ordered = sorted(starts)
     window_s = min((b - a for a, b in itertools.pairwise(ordered)), default=600.0)
