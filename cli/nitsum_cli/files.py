@@ -18,10 +18,32 @@ def read(path: Path) -> str:
         raise InvalidSpec(str(path), f"cannot be read: {_why(e)}") from e
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which YAML's own loader takes the last. What `<<` brings may be set again."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        first: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != MERGE:
+                name, line = self.construct_object(key), key.start_mark.line + 1
+                if name in first:
+                    raise InvalidSpec(f"{self.name}: line {line}", f"key {key.value!r} is there twice, first in line {first[name]}")
+                first[name] = line
+        return node
+
+
 def load_yaml(path: Path) -> Any:
+    """Raises InvalidSpec that names the file and line."""
+    text = read(path)
     try:
-        return yaml.safe_load(read(path))
-    except yaml.YAMLError as e:
+        loader = _Loader(text)
+        loader.name = str(path)
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         mark = getattr(e, "problem_mark", None)
         where = f"{path}: line {mark.line + 1}" if mark else str(path)
         raise InvalidSpec(where, f"not YAML: {getattr(e, 'problem', None) or e}") from e
