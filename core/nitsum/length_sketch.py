@@ -1,4 +1,10 @@
-"""Lengths as a weighted DDSketch histogram (VLDB'19), and what those that have not ended yet say of them."""
+"""Lengths as a weighted DDSketch histogram (VLDB'19), and what those that have not ended yet say of them.
+
+No library's, for counts must fade with time and be read bucket by bucket (variance, Kaplan and Meier, gateways' reports): Apache
+DataSketches' KLL and t-digest have neither weights that fade nor buckets, and KLL draws lots, so that equal reports would not give equal
+plans. Datadog's `ddsketch` has the same buckets, but no door to scale or to list them: all but `add` and `quantile` would reach into its
+private fields.
+"""
 
 import math
 from collections.abc import Mapping
