@@ -1,4 +1,5 @@
-"""From counts to GPUs, with the least disturbance: widest groups first; what runs stays; else the block whose loss moves least KV."""
+"""From counts to GPUs, with the least disturbance: widest groups first; what runs stays, that with the most KV first; else the block whose
+loss moves least KV."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,7 +88,8 @@ def place(slots: list[Slot], nodes: list[NodeView], running: Running, barred: fr
             groups = [tuple([g.uuid for g in gpus]) for _, gpus in split.over(at[1])] if split is not None else [uuids]
             strange = sum((pool, at[0], of) not in alive for of in groups) if split is not None else 0  # the others change their role only
             cold = sum((models.get(pool, ""), at[0], of) not in warm for of in groups)
-            return not same, foreign, strange, cold, pushed, sum(tokens.get(u, 0) for u in uuids), at[0], at[1]
+            held = sum(tokens.get(u, 0) for u in uuids)  # of groups as wide that run, not all may be wanted: those with the most stay
+            return not same, foreign, strange, cold, pushed, -held if same else held, at[0], at[1]
 
         free.sort(key=cost)
         n = wanted[pool, shape]
