@@ -14,7 +14,7 @@ from nitsum.demand import TierDemand
 from nitsum.layout import Layout
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, Plan, PlannerSettings, Snapshot, Verdict, exact, greedy
-from nitsum.planner.problem import Class, Kind, Problem, Want
+from nitsum.planner.problem import Answer, Class, Kind, Problem, Want, value
 from nitsum.planner.slow import SlowPlane
 from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node
@@ -210,6 +210,27 @@ def test_a_solver_that_fails_is_named_and_greedy_decides(monkeypatch: pytest.Mon
     assert sum(widths(p)) == 4
 
 
+def test_the_better_of_exact_and_greedy_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    s = snapshot((pool(budget=15),), fleet(5, 7, 3), interactive=1.7, agents=2.9)
+    alone, found = SlowPlane(use_exact=False)(s, 0.0), SlowPlane()(s, 0.0)
+    assert worth(found) > 1.05 * worth(alone), "exact finds more here"
+    assert not any("greedy" in r for r in found.pools[0].reasons)
+    search = exact.solve
+
+    def ended_early(problem: Problem, start: Answer | None = None, **given: object) -> Answer | None:
+        """One group of all, where it should search; it still tells what flows through given groups."""
+        if given.get("fixed") is not None or start is None:
+            return search(problem, **given)  # type: ignore[arg-type]
+        return value(problem, dict(list(start.counts.items())[:1]), "exact")
+
+    monkeypatch.setattr(exact, "solve", ended_early)
+    weak = SlowPlane()(s, 0.0)
+    assert any(r == "greedy found more than the bounded exact search" for r in weak.pools[0].reasons)
+    assert [n.layout.gpu_uuids for n in weak.nodes] == [n.layout.gpu_uuids for n in alone.nodes]
+    assert widths(weak) == widths(alone)
+    assert worth(weak) >= worth(alone) * (1 - 1e-9)
+
+
 def wide(step: int, tp: int = 1, count: int = 2, **fields: object) -> tuple[Pool, tuple[NodeView, ...]]:
     """A pool of `count` groups of one TP that runs on one node of `step` GPUs."""
     p = replace(pool(budget=step), allowed_tp=(tp,))
@@ -328,3 +349,12 @@ def test_exact_and_greedy_obey_the_limits_and_greedy_comes_near(asked: Problem) 
     assert at_best.score >= near.score - 1e-6, "greedy counts what no flow can give"
     assert at_best.score <= found.score * (1 + 1e-3) + 1e-6, "greedy beats the optimum: the two do not share an objective"
     assert at_best.score >= 0.8 * found.score - 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems, st.sampled_from([0, 1, 2, exact.NODES_MAX]))
+def test_a_search_never_ends_below_the_answer_that_it_begins_from(asked: Problem, nodes_max: int) -> None:
+    start = greedy.solve(asked)
+    start = exact.solve(asked, fixed=start.counts, by="greedy") or start
+    found = exact.solve(asked, nodes_max, start=start)
+    assert found is None or found.score >= start.score - 1e-9 * abs(start.score)
