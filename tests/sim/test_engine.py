@@ -1,6 +1,6 @@
 """The macro-step engine against SGLang's loop spelled out, one step at a time."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import event, given, settings
@@ -43,6 +43,7 @@ class Req:
     max_new: int
     made: int = 0
     filled: int = 0
+    warm: bool = False
     first: float = -1.0
     last: float = -1.0
 
@@ -100,16 +101,17 @@ class PerStep:
             if length + min(r.max_new - r.made, 4096) + 1 >= free - offset or free_now <= 0:
                 self.full = bool(batch or self.running)
                 break
-            if self.cut is not None and length > budget:
+            if self.cut is not None and length > budget and not r.warm:
                 break
             self.waiting.pop(0)
-            n = min(length, budget)
-            batch.append((r, n, 0))
-            r.filled = n
+            n = 1 if r.warm else min(length, budget)  # KV that is there already takes its room, and is looked at by the one new token
+            held = length if r.warm else n
+            batch.append((r, n, held - n))
+            r.filled = held
             budget -= n
-            free_now -= n + 1
-            offset += n + 1
-            if n < length:
+            free_now -= held + 1
+            offset += held + 1
+            if held < length:
                 self.cut = r
             else:
                 offset += min(r.max_new, 4096) if self.cut is None else 0
@@ -143,7 +145,7 @@ class PerStep:
                 self.decode()
             for r, _, _ in batch:
                 if r is not self.cut:
-                    r.made, r.filled = r.made + 1, 0
+                    r.made, r.filled, r.warm = r.made + 1, 0, False
                     r.first = self.now if r.first < 0 else r.first
                     if r.made == r.output:
                         r.last, self.full = self.now, False
@@ -175,27 +177,37 @@ class PerStep:
         self.decode()
         return True
 
-    def run(self, reqs: list[Req]) -> None:
+    def run(self, reqs: list[Req], until: float = NEVER) -> None:
+        """A step that is under way at `until` is lost."""
         left = sorted(reqs, key=lambda r: (r.at, r.rid))
         while True:
             while left and left[0].at <= self.now:
                 self.waiting.append(left.pop(0))
-            if not self.step():
-                if not left:
+            before = [(r, replace(r)) for r in reqs]
+            working = self.step()
+            if self.now > until:
+                for r, was in before:
+                    r.made, r.first, r.last = was.made, was.first, was.last
+                return
+            if not working:
+                if not left or left[0].at > until:
                     return
                 self.now = left[0].at
 
 
-def macro(engine: Engine, reqs: list[Req]) -> dict[int, tuple[float, float]]:
+def macro(engine: Engine, reqs: list[Req], until: float = NEVER) -> dict[int, tuple[float, float]]:
+    """(first token, last) by rid; the engine goes on from there if it shall stop at `until`."""
     first: dict[int, float] = {}
     last: dict[int, float] = {}
-    left = sorted(reqs, key=lambda r: (r.at, r.rid))
+    left = sorted((r for r in reqs if r.at <= until), key=lambda r: (r.at, r.rid))
     events = 0
     while left or engine.next_at < NEVER:
         if left and left[0].at <= engine.next_at:
             r = left.pop(0)
-            engine.submit(Seq(r.rid, r.prompt, r.output, r.max_new), r.at)
+            engine.submit(Seq(r.rid, r.prompt, r.output, r.max_new, r.made, r.warm), r.at)
             continue
+        if engine.next_at > until:
+            break
         now, events = engine.next_at, events + 1
         for what, seq in engine.advance():
             if what is Happened.FIRST:
@@ -204,8 +216,8 @@ def macro(engine: Engine, reqs: list[Req]) -> dict[int, tuple[float, float]]:
                 assert seq.rid not in last, "finished twice"
                 last[seq.rid] = now
         assert 0 <= engine.resident_tokens <= engine.kv_tokens
-    assert set(last) == {r.rid for r in reqs}
-    return {rid: (first[rid], last[rid]) for rid in last}
+    assert until < NEVER or set(last) == {r.rid for r in reqs}
+    return {rid: (at, last.get(rid, -1.0)) for rid, at in first.items()}
 
 
 requests = st.lists(
@@ -231,6 +243,46 @@ def test_macro_steps_equal_single_steps(raw: list[tuple[float, int, int, int]], 
     assert engine.retractions == slow.retracted
     for r in reqs:
         assert fast[r.rid] == pytest.approx((r.first, r.last), rel=1e-6), r
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    requests,
+    st.integers(470, 900),
+    st.sampled_from([32, 64, 8192]),
+    st.sampled_from([None, 16, 50]),
+    st.floats(0.01, 3, allow_subnormal=False),
+    st.sampled_from([0, 1, 2, 3]),
+)
+def test_streams_that_are_stopped_and_resumed_equal_single_steps(
+    raw: list[tuple[float, int, int, int]], kv: int, chunk: int, mixed: int | None, stop: float, kept: int
+) -> None:
+    """As at a flip: everything leaves at `stop`, and comes back a little later with what it has made; of `kept` in three the KV too."""
+    limits, pause = EngineLimits(chunk, 4096, mixed), 0.05
+    reqs = [Req(i, a + 1e-4 * (i + 1) / 7.3, p, 0, min(o + extra, kv - p - 2)) for i, (a, p, o, extra) in enumerate(raw)]
+    for r, (_, _, o, _) in zip(reqs, raw, strict=True):
+        r.output = min(o, r.max_new)
+    slow, engine = PerStep(StepTimes(Straight(), 1), kv, limits), Engine(StepTimes(Straight(), 1), kv, limits)
+    met = macro(engine, [replace(r) for r in reqs], stop)
+    left = {s.rid: s for s in engine.stop(stop)}
+    slow.run(reqs, stop)
+    assert set(left) == {r.rid for r in reqs if r.at <= stop and r.last < 0}
+    assert {rid: s.made for rid, s in left.items()} == {rid: reqs[rid].made for rid in left}, "tokens that had come by then"
+    event(f"stopped: {bool(left)}, started ones: {any(s.made for s in left.values())}")
+    for k, rid in enumerate(sorted(left)):
+        r = reqs[rid]
+        r.at, r.filled, r.warm = stop + pause + 1e-5 * (k + 1) / 7.3, 0, r.made > 0 and rid % 3 < kept
+    again = [r for r in reqs if r.last < 0]
+    for r in again:
+        r.at = max(r.at, stop + pause + 1e-3 * (r.rid + 1) / 7.3) if r.rid not in left else r.at
+    for rid, (first, last) in macro(engine, [replace(r) for r in again]).items():
+        met[rid] = met.get(rid, (first, 0))[0], last
+    after = PerStep(StepTimes(Straight(), 1), kv, limits)
+    after.run(again)
+    event(f"retracts after: {after.retracted > 0}")
+    assert engine.retractions == slow.retracted + after.retracted
+    for r in reqs:
+        assert met[r.rid] == pytest.approx((r.first, r.last), rel=1e-6), r
 
 
 def test_limits_beyond_the_clip_agree_too() -> None:
