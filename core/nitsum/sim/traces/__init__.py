@@ -45,8 +45,8 @@ class Problems:
     def add(self, kind: str, line: int, at: str = "", noun: str = "row") -> None:
         """`noun`: what has the problem, at `at` in its line."""
         kind = f"{noun}(s) with {kind}"
-        count, *first = self.seen.get(kind, (0, line, at))
-        self.seen[kind] = count + 1, *first
+        count, first, where = self.seen.get(kind, (0, line, at))
+        self.seen[kind] = count + 1, first, where
 
     def fail(self, line: int, message: str) -> NoReturn:
         """For what makes the rest of the file unreadable."""
