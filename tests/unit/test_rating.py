@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nitsum.demand import TierDemand
 from nitsum.planner import relabel
 from nitsum.planner.problem import REACH, REST, Answer, Class, Kind, Problem, Want, value
-from nitsum.planner.rating import apart, met, rated
+from nitsum.planner.rating import apart, good, met, rated, spilled
 from nitsum.pool import Tier
 
 SHARED = Kind("p", 1, ("fast", "slow"), (10.0, 2.0), attained=((1.0, 1.0), (0.98, 0.95)))
@@ -81,3 +83,39 @@ def test_worth_falls_from_piece_to_piece_and_every_width_is_real(target: float, 
     assert worths == sorted(worths, reverse=True)
     assert all(width >= 0 for width, _ in want.pieces())
     assert want.earned(11.3) == pytest.approx(want.earned(1e9)), "what lies beyond the demand is not counted"
+
+
+BOTH, ONE, OTHER = Kind("p", 1, ("fast", "slow"), (10.0, 5.0)), Kind("p", 1, ("fast",), (10.0,)), Kind("p", 1, ("slow",), (5.0,))
+
+
+def test_what_spills_goes_to_the_least_used_groups_and_pushes_out_what_shares_them() -> None:
+    """`fast` asks for 20/s, twice what its own group serves, `slow` for 4/s of the 5/s of the group that both may use. Routers fill both
+    groups to the same level: asked for is the time of 20 / 10 + 4 / 5 = 2.8 groups of 2, so each serves 1 / 1.4 of what comes."""
+    p = asked(20.0, 4.0, ONE, BOTH)
+    answer = value(p, {(0, 0): 1, (0, 1): 1}, "test")
+    found = spilled(p, answer)
+    assert found.served == {("p", "fast"): pytest.approx(20 / 1.4), ("p", "slow"): pytest.approx(4 / 1.4)}
+    assert good(p, answer, {("p", "slow"): 3.0}) == {("p", "slow"): pytest.approx(4 / 1.4)}
+
+
+def test_nothing_spills_where_all_is_served_or_no_group_is_shared() -> None:
+    enough = asked(8.0, 4.0, ONE, BOTH)
+    answer = value(enough, {(0, 0): 1, (0, 1): 1}, "test")
+    assert spilled(enough, answer) is answer
+    alone = asked(20.0, 4.0, ONE, OTHER)
+    answer = value(alone, {(0, 0): 1, (0, 1): 1}, "test")
+    assert spilled(alone, answer).served == {("p", "fast"): pytest.approx(10.0), ("p", "slow"): pytest.approx(4.0)}
+    assert spilled(alone, answer).score == pytest.approx(answer.score)
+
+
+@given(
+    rates=st.tuples(st.floats(0.5, 40), st.floats(0.5, 40)),
+    counts=st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)).filter(any),
+)
+def test_spilled_groups_are_never_used_beyond_all_of_their_time(rates: tuple[float, float], counts: tuple[int, int, int]) -> None:
+    p = asked(*rates, ONE, OTHER, BOTH, gpus=12)
+    answer = value(p, {(0, k): n for k, n in enumerate(counts) if n}, "test")
+    found = spilled(p, answer)
+    fast, slow = found.served["p", "fast"], found.served["p", "slow"]
+    assert fast / 10 + slow / 5 <= sum(counts) + 1e-6
+    assert all(found.served[w.pool, w.tier] <= w.rate * (1 + 1e-9) for w in p.wants)

@@ -47,11 +47,61 @@ def rated(asked: Problem, answer: Answer) -> Answer:
 
 def good(asked: Problem, answer: Answer, rates: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
     """requests/s of each tier that meet their targets, where so much of it comes: never more than that."""
-    found = {key: min(answer.safe.get(key, 0.0), rate) for key, rate in rates.items()}
+    served = spilled(asked, answer).served
+    found = {key: min(served.get(key, 0.0), rate) for key, rate in rates.items()}
     for pool, missed, flows in _missing(asked, answer, rates):
         for t, flow in flows.items():
             found[pool, t] -= missed * flow
     return found
+
+
+ROUNDS = 4
+"""In which tiers, one after the other, spread over their groups as the others leave room."""
+
+
+def _spread(asked: Problem, answer: Answer) -> dict[tuple[str, str], dict[int, float]]:
+    """requests/s of each tier through the kinds that serve it, where all that surely comes goes to the least used of its groups."""
+    rooms = {
+        (w.pool, w.tier): {k: asked.kinds[k].rate(w.tier) * n for k, n in answer.groups.items() if asked.kinds[k].pool == w.pool}
+        for w in asked.wants
+    }
+    comes = {key: dict.fromkeys((k for k, rate in room.items() if rate > 0), 0.0) for key, room in rooms.items()}
+    used = dict.fromkeys(answer.groups, 0.0)
+    for _ in range(ROUNDS):
+        for w in asked.wants:
+            mine, room = comes[w.pool, w.tier], rooms[w.pool, w.tier]
+            others = sorted((used[k] - rate / room[k], k) for k, rate in mine.items())
+            level, filled, width = 0.0, 0.0, 0.0
+            for i, (below, k) in enumerate(others):  # up to where the next group is as much used, until all of it has a place
+                filled, width = filled + below * room[k], width + room[k]
+                level = (w.least + filled) / width
+                if i + 1 == len(others) or level <= others[i + 1][0]:
+                    break
+            for below, k in others:
+                mine[k] = max(level - below, 0.0) * room[k]
+                used[k] = below + mine[k] / room[k]
+    return comes
+
+
+def spilled(asked: Problem, answer: Answer) -> Answer:
+    """What comes of it where a tier is short: routers fill the least used of its groups, and nothing keeps those for others that share
+    them, so a group of which more is asked than it can serve the same part of all that comes. Tiers whose groups have room serve as before.
+    """
+    if all(answer.served[w.pool, w.tier] >= w.least * (1 - 1e-9) for w in asked.wants):
+        return answer
+    comes = _spread(asked, answer)
+    used: dict[int, float] = {}
+    for (_, tier), through in comes.items():
+        for k, rate in through.items():
+            used[k] = used.get(k, 0.0) + rate / asked.kinds[k].rate(tier) / answer.groups[k]
+    served, score = dict(answer.served), answer.score
+    for w in asked.wants:
+        through = comes[w.pool, w.tier]
+        if any(used[k] > 1 + 1e-9 for k, rate in through.items() if rate > 0):
+            before = served[w.pool, w.tier]
+            now = served[w.pool, w.tier] = sum(rate / max(used[k], 1.0) for k, rate in through.items())
+            score += w.earned(now) - w.earned(before)
+    return replace(answer, served=served, score=score)
 
 
 def apart(asked: Problem) -> Problem:

@@ -15,7 +15,7 @@ from nitsum.planner import greedy, relabel
 from nitsum.planner.place import Placed, Running, Slot, labelled
 from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
-from nitsum.planner.rating import apart, rated
+from nitsum.planner.rating import apart, rated, spilled
 from nitsum.planner.split import Shape
 
 EVEN_MIN = 0.75
@@ -23,10 +23,8 @@ EVEN_MIN = 0.75
 LEFT_MIN = 0.1
 """Of a tier's demand: where less than this shall flow, no group that others share is meant for it, whatever that costs: what comes all the
 same would break what they hold."""
-APART = 0.95
-"""Of the score of shared groups, which counts on flows that nothing enforces once tiers are short."""
 NARROWED_LOSS = 0.05
-"""Of the score that may be given up for it."""
+"""Of the score that may be given up for that."""
 SURGE_MAX = 4.0
 """Multiple of a tier's demand up to which groups are labelled for it alone; those beyond are for all, whichever comes."""
 
@@ -63,18 +61,12 @@ class Serving:
         return min(total, 1.0)
 
 
-def _apart(asked: Problem, answer: Answer) -> bool:
-    return all(len(asked.kinds[k].tiers) == 1 for (_, k), n in answer.counts.items() if n)
-
-
 def _best(asked: Problem) -> Answer:
-    """Where not all can be served, nothing keeps what tiers share from those that come most: then each has its own groups, if that does
-    not make others short."""
+    """Where not all can be served, nothing keeps what tiers share from those that come most: groups of their own may serve more then."""
     best = greedy.solve(asked)
-    if not (short := _short(asked, best)) or len(asked.wants) < 2:
+    if not _short(asked, best) or len(asked.wants) < 2:
         return best
-    alone = greedy.solve(apart(asked))
-    return alone if _short(asked, alone) <= short and alone.score > APART * best.score else best
+    return max(best, greedy.solve(apart(asked)), key=lambda a: spilled(asked, a).score)
 
 
 def _short(asked: Problem, answer: Answer) -> set[str]:
@@ -191,13 +183,12 @@ def serve(
     chosen = at_best(asked, value(asked, now, "as it serves"))
     if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = _narrowed(asked, _best(asked))  # as it would serve
-        parts = _short(asked, chosen) and _apart(asked, best) and not _apart(asked, chosen)
-        earns_more = best.score > APART * chosen.score
-        if anew and not parts:
-            earns_more = rated(asked, best).score > rated(asked, chosen).score
-        elif not parts:
+        other, same = spilled(asked, best), spilled(asked, chosen)
+        if anew:
+            earns_more = rated(asked, other).score > rated(asked, same).score
+        else:
             lost = relabel.lost(asked, {t.name: t for t in q.slo_tiers}, q.demand, chosen, best)
-            earns_more = wins(asked, replace(best, score=best.score - lost), chosen, gain_min)
+            earns_more = wins(asked, replace(other, score=other.score - lost), same, gain_min)
         if earns_more:
             chosen = best
     counts = dict(chosen.counts)
