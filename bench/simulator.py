@@ -2,16 +2,20 @@
 
 `python bench/simulator.py [--gpus 64] [--rate RATE] [--seconds 60] [--policies ...] [--json FILE]`. CPU time, so that other work on the
 machine counts less. Wanted: 5,000 requests/s at 64 GPUs; an hour of 10,000 GPUs at 1,000 requests/s within 30 minutes, for which a shorter
-slice is run and scaled up (start apart from the rest, since it comes once); a decision of the router at 64 groups in 20 us.
+slice is run and scaled up (start apart from the rest, since it comes once); a decision of the router at 64 groups in 20 us, known prefixes
+or not (their digests apart: they grow with the prompt).
 """
 
 import argparse
 import json
 import platform
 import time
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nitsum.affinity import Affinity
 from nitsum.perf.profile import Profile, load_shipped
 from nitsum.pool import Pool, Tier
 from nitsum.routing import GroupView, Routes, decide
@@ -35,6 +39,31 @@ def router_us(groups: int, turns: int = 20_000) -> float:
     return (time.process_time() - began) / turns * 1e6
 
 
+def affinity_us(groups: int, turns: int = 20_000) -> dict[str, float]:
+    """Prompts of 10,000 tokens: the digests of one, the look-up, a decision where a group with the prefix takes it and one where none does
+    (their nodes are full), the record."""
+    known, prompt = Affinity(b"key"), array("q", range(10_000))
+    found = {"digests": _us(lambda: known.digests(prompt, ""), turns // 50)}
+    blocks = known.digests(prompt, "")
+    for i in range(4):
+        known.ran(blocks, (f"a{2 * i + 1}", "g3"), 1)
+    warm = known.warm(blocks, len(prompt))
+    found["look-up"] = _us(lambda: known.warm(blocks, len(prompt)), turns)
+    for name, running in (("taken", 1), ("not taken", 39)):
+        view = [GroupView((f"a{i // 8}", f"g{i % 8}"), 1, True, frozenset(), running * (i // 8 % 2), 0, 40) for i in range(groups)]
+        routes = Routes(view)
+        found[name] = _us(lambda routes=routes: decide("t", False, routes, warm=warm), turns)  # type: ignore[misc]
+    found["record"] = _us(lambda: known.ran(blocks, ("a1", "g3"), 1), turns)
+    return found
+
+
+def _us(what: Callable[[], object], turns: int) -> float:
+    began = time.process_time()
+    for _ in range(turns):
+        what()
+    return round((time.process_time() - began) / turns * 1e6, 2)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--gpus", type=int, default=64)
@@ -56,6 +85,8 @@ def main() -> None:
     setting = registry.Setting(pool, nodes, profile, profile)
     out: dict[str, Any] = {"python": platform.python_version(), "router_us": {str(n): round(router_us(n), 2) for n in (8, 64, 1024)}}
     print("router, one decision: " + ", ".join(f"{n} groups {us} us" for n, us in out["router_us"].items()))
+    out["affinity_us"] = affinity_us(64)
+    print("prefixes, 64 groups: " + ", ".join(f"{what} {us} us" for what, us in out["affinity_us"].items()))
     for name in registry.expand(args.policies, setting):
         began = time.process_time()
         fleet = Fleet(registry.build(name, setting), nodes, profile, traffic)

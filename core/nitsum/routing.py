@@ -1,13 +1,14 @@
 """Which group takes a request, and what becomes of a request whose group ends under it. Pure: the simulator runs this very code.
 
-`decide` orders the groups that may take it. `Stream` owns one request from arrival to end: every token the client gets is one that an
-engine generated right after those before it; none is lost, none repeated, however often the stream moves.
+`decide` orders the groups that may take it, `affinity` says which may have its KV. `Stream` owns one request from arrival to end: every
+token the client gets is one that an engine generated right after those before it; none is lost, none repeated, however often it moves.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from nitsum.layout import Role
 
@@ -18,6 +19,11 @@ WAIT_S_MAX = 60.0
 RETRY_S = 0.05
 """Before the first new look at the routes while no group takes it; doubles up to RETRY_S_MAX."""
 RETRY_S_MAX = 1.0
+GAP = 0.25
+"""How much fuller than the least loaded a group may be, in parts of what it can run within SLO, that has the KV of a whole prompt; as much
+less as it has less of it."""
+FROM_STORE = 0.5
+"""What KV in the node's store is worth beside KV in the engine: it must be loaded, and the store is small."""
 
 
 class AdmissionClass(StrEnum):
@@ -65,6 +71,16 @@ class Choice:
 
 
 Key = tuple[str, str]
+
+
+class Warm(NamedTuple):
+    """A group that ran the first `share` (0 to 1) of a prompt's tokens: it may have their KV while its epoch lasts, its node longer."""
+
+    key: Key
+    epoch: int
+    share: float
+
+
 Rank = tuple[bool, bool, bool, float, Key]
 """Order of groups: those whose role suits, those worth a try, those with room, the least loaded, then by key."""
 
@@ -132,6 +148,7 @@ class Routes:
 
     def __init__(self, view: Iterable[GroupView] = ()) -> None:
         self._views: dict[tuple[str, str], GroupView] = {}
+        self._nodes: dict[str, dict[Key, None]] = {}
         self._new = _Ordered(False)
         self._started: _Ordered | None = None
         """None while every group is Mixed: then the order is one."""
@@ -146,6 +163,8 @@ class Routes:
 
     def put(self, g: GroupView) -> None:
         """News of a group, which may be new."""
+        if g.key not in self._views:
+            self._nodes.setdefault(g.key[0], {})[g.key] = None
         self._views[g.key] = g
         self._new.put(g)
         if self._started is not None:
@@ -157,6 +176,9 @@ class Routes:
 
     def remove(self, key: Key) -> None:
         if self._views.pop(key, None) is not None:
+            del self._nodes[key[0]][key]
+            if not self._nodes[key[0]]:
+                del self._nodes[key[0]]
             self._new.remove(key)
             if self._started is not None:
                 self._started.remove(key)
@@ -165,6 +187,9 @@ class Routes:
         """One more request than the node's last view counts."""
         if (g := self._views.get(key)) is not None:
             self.put(GroupView(g.key, g.epoch, g.serving, g.tiers, g.running + 1, g.queued, g.capacity, g.hint, g.role))
+
+    def on_node(self, agent_id: str) -> list[GroupView]:
+        return [self._views[key] for key in self._nodes.get(agent_id, ())]
 
     def best(self, tier: str, started: bool, avoid: frozenset[tuple[str, str]]) -> tuple[tuple[GroupView, ...], bool]:
         """(at most two groups, whether they are meant for the tier)."""
@@ -176,10 +201,17 @@ View = tuple[GroupView, ...] | Routes
 
 
 def decide(
-    tier: str, background: bool, view: View, avoid: frozenset[tuple[str, str]] = frozenset(), started: bool = False
+    tier: str,
+    background: bool,
+    view: View,
+    avoid: frozenset[tuple[str, str]] = frozenset(),
+    started: bool = False,
+    warm: tuple[Warm, ...] = (),
 ) -> Choice | None:
     """Least loaded first, groups meant for the tier before others, of those the ones whose role suits; those that just refused it last.
-    What has no token yet goes to groups that only decode where nothing else serves it. None: nothing serves."""
+    What has no token yet goes to groups that only decode where nothing else serves it. None: nothing serves.
+
+    Before all of them comes the first of `warm`, longest prefix first, that would start it at once and is not much fuller (`GAP`)."""
     if isinstance(view, Routes):
         groups, meant = view.best(tier, started, avoid)
     else:
@@ -193,8 +225,36 @@ def decide(
         groups = tuple(ordered[:2])
     if not groups:
         return None
+    if warm and (g := _with_prefix(tier, view, avoid, started, warm, groups[0].load)) is not None:
+        groups = (g, *[o for o in groups if o.key != g.key][:1])
     admission = AdmissionClass.FEASIBLE if meant and groups[0].feasible else AdmissionClass.BEST_EFFORT
     return Choice(groups, AdmissionClass.BACKGROUND if background else admission)
+
+
+def _with_prefix(tier: str, view: View, avoid: frozenset[Key], started: bool, warm: tuple[Warm, ...], least: float) -> GroupView | None:
+    """The group with the longest prefix, else the best one of its node, if it is all that comes before load in the order and has no queue:
+    where there is one, the least loaded is feasible too. Groups that have less of it than the node's store is worth are not looked at."""
+
+    def fits(g: GroupView, share: float) -> bool:
+        return (
+            g.load <= least + GAP * share
+            and not g.queued
+            and g.feasible
+            and g.serving
+            and not g.hint
+            and (not g.tiers or tier in g.tiers)
+            and g.role.suits(started)
+            and g.key not in avoid
+        )
+
+    stored = warm[0].share * FROM_STORE
+    get = view.get if isinstance(view, Routes) else {g.key: g for g in view}.get
+    for w in warm:
+        if w.share >= stored and (g := get(w.key)) is not None and g.epoch == w.epoch and fits(g, w.share):
+            return g
+    node = warm[0].key[0]
+    near = view.on_node(node) if isinstance(view, Routes) else [g for g in view if g.key[0] == node]
+    return min((g for g in near if fits(g, stored)), key=lambda g: (g.load, g.key), default=None)
 
 
 # What happened to a stream
@@ -325,6 +385,8 @@ class Stream:
     last_hop: int = 0
     """The hop of the last token."""
     avoid: set[tuple[str, str]] = field(default_factory=set)
+    warm: tuple[Warm, ...] = ()
+    """Set by whoever knows, before the stream is placed."""
 
     def start(self, view: View, now: float) -> list[Command]:
         return self._place(view, now)
@@ -374,7 +436,7 @@ class Stream:
             self.waiting_since = None
         if self.hop - self.last_hop >= HOPS_MAX:
             return self._fail(503, f"no group kept this request after {HOPS_MAX} tries")
-        choice = decide(self.tier, self.background, view, frozenset(self.avoid), self.delivered > 0)
+        choice = decide(self.tier, self.background, view, frozenset(self.avoid), self.delivered > 0, self.warm)
         admission = choice.admission if choice else AdmissionClass.BACKGROUND if self.background else AdmissionClass.BEST_EFFORT
         if successors:  # the node knows better than our view, which is a second old
             key, epoch = min(successors, key=lambda s: (s[0] in self.avoid, *self._rank(view, s[0]), s[0]))

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from nitsum.layout import Role
 from nitsum.routing import (
+    FROM_STORE,
+    GAP,
     HOPS_MAX,
     RETRY_S_MAX,
     Abort,
@@ -29,6 +31,7 @@ from nitsum.routing import (
     Stream,
     Submit,
     Tokens,
+    Warm,
     decide,
 )
 
@@ -228,18 +231,20 @@ def test_the_least_loaded_group_of_the_tier_is_feasible_until_it_is_full() -> No
 views = st.lists(
     st.builds(
         GroupView,
-        st.tuples(st.just("a"), st.sampled_from(["g1", "g2", "g3", "g4", "g5"])),
-        st.just(1),
+        st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["g1", "g2", "g3"])),
+        st.integers(1, 2),
         st.booleans(),
         st.sets(st.sampled_from(["t", "u"])).map(frozenset),
         st.integers(0, 4),
-        st.integers(0, 2),
-        st.integers(0, 4),
+        st.sampled_from([0, 0, 1, 2]),
+        st.integers(0, 6),
         st.booleans(),
         st.sampled_from(Role),
     ),
     max_size=12,
 )
+keys = st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from(["g1", "g2"]))
+warm_groups = st.lists(st.builds(Warm, keys, st.integers(1, 2), st.floats(0.01, 1)), max_size=4).map(tuple)
 
 
 @settings(max_examples=300, deadline=None)
@@ -250,9 +255,10 @@ views = st.lists(
     st.booleans(),
     st.booleans(),
     st.sampled_from(["", "g2"]),
+    warm_groups,
 )
 def test_kept_routes_decide_like_a_view_looked_at_afresh(
-    news: list[GroupView], avoid: set[str], tier: str, back: bool, started: bool, gone: str
+    news: list[GroupView], avoid: set[str], tier: str, back: bool, started: bool, gone: str, warm: tuple[Warm, ...]
 ) -> None:
     routes, last = Routes(), dict[tuple[str, str], GroupView]()
     for g in news:  # later news of a group replace earlier ones
@@ -264,8 +270,94 @@ def test_kept_routes_decide_like_a_view_looked_at_afresh(
         key = min(last)
         routes.submitted(key)
         last[key] = replace(last[key], running=last[key].running + 1)
+    assert {(n, g.key) for n in "abc" for g in routes.on_node(n)} == {(key[0], key) for key in last}
+    assert len(routes._nodes) == len({n for n, _ in last}), "nothing is kept of a node that is gone"
     avoided = frozenset(("a", k) for k in avoid)
-    assert decide(tier, back, routes, avoided, started) == decide(tier, back, tuple(last.values()), avoided, started)
+    assert decide(tier, back, routes, avoided, started, warm) == decide(tier, back, tuple(last.values()), avoided, started, warm)
+
+
+near = st.lists(  # one thing is wrong with many of these, and all are about as full
+    st.tuples(
+        st.sampled_from([("a", "g1"), ("a", "g2"), ("b", "g1"), ("b", "g2")]),
+        st.integers(2, 5),
+        st.sampled_from(["", "", "", "full", "queue", "hint", "closed", "role", "tier", "epoch"]),
+    ).map(
+        lambda x: GroupView(
+            x[0],
+            2 if x[2] == "epoch" else 1,
+            x[2] != "closed",
+            frozenset({"u"} if x[2] == "tier" else {"t"}),
+            x[1],
+            int(x[2] == "queue"),
+            x[1] if x[2] == "full" else 8,
+            x[2] == "hint",
+            Role.DECODE if x[2] == "role" else Role.MIXED,
+        )
+    ),
+    min_size=3,
+    max_size=6,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.one_of(views, near), st.sets(keys, max_size=1), st.sampled_from(["t", "u"]), st.booleans(), st.booleans(), warm_groups)
+def test_a_prefix_never_takes_a_request_from_a_group_that_would_start_it_to_one_that_would_not(
+    news: list[GroupView], avoid: set[tuple[str, str]], tier: str, back: bool, started: bool, warm: tuple[Warm, ...]
+) -> None:
+    """Nor to one that is much fuller, nor of another class."""
+    view = tuple({g.key: g for g in news}.values())
+    without, choice = (decide(tier, back, view, frozenset(avoid), started, w) for w in ((), warm))
+    if without is None or choice is None:
+        assert choice == without
+        return
+    least, chosen = without.groups[0], choice.groups[0]
+    assert choice.admission is without.admission
+    if chosen is not least:
+        assert least.feasible
+        assert not least.hint
+        assert chosen.feasible
+        assert not chosen.queued
+        assert not chosen.hint
+        assert chosen.serving
+        assert chosen.key not in avoid
+        assert chosen.role.suits(started)
+        assert not chosen.tiers or tier in chosen.tiers
+        there = [w.share * (1.0 if w[:2] == (chosen.key, chosen.epoch) else FROM_STORE) for w in warm if w.key[0] == chosen.key[0]]
+        assert chosen.load <= least.load + GAP * max(there)
+        assert choice.groups[1:] == (least,), "the next to be asked"
+
+
+def test_the_longest_prefix_goes_first_on_its_group_then_on_its_node_unless_that_is_much_fuller() -> None:
+    def at(node: str, group: str, running: int, **more: Any) -> GroupView:
+        return GroupView((node, group), 1, True, frozenset(), running, capacity=100, **more)
+
+    def first(view: tuple[GroupView, ...], *warm: Warm) -> tuple[str, str]:
+        chosen = [decide("t", False, v, warm=warm) for v in (view, Routes(view))]
+        assert chosen[0] == chosen[1] is not None
+        return chosen[0].groups[0].key
+
+    full, half = (Warm(("b", "g1"), 1, share) for share in (1.0, 0.5))
+    idle, mate = at("a", "g1", 10), at("b", "g2", 10)
+    assert first((idle, at("b", "g1", 35)), full) == ("b", "g1")
+    assert first((idle, at("b", "g1", 36)), full) == ("a", "g1"), "more than a quarter of what it can run fuller"
+    assert first((idle, at("b", "g1", 22)), half) == ("b", "g1")
+    assert first((idle, at("b", "g1", 23)), half) == ("a", "g1"), "half of the prompt is worth half as much"
+    assert first((idle, at("b", "g1", 12), mate), full) == ("b", "g1")
+    assert first((idle, at("b", "g1", 36), mate), full) == ("b", "g2"), "the node's store has it too"
+    assert first((idle, replace(at("b", "g1", 22), epoch=2)), full) == ("b", "g1"), "another engine since: the node alone has it"
+    assert first((idle, replace(at("b", "g1", 23), epoch=2)), full) == ("a", "g1")
+    assert first((idle, at("b", "g1", 12, queued=1)), full) == ("a", "g1"), "it would wait there"
+    assert first((idle, at("b", "g1", 12), at("c", "g1", 12)), Warm(("c", "g1"), 1, 0.8), half) == ("c", "g1"), "the longest first"
+    assert first((idle,), full) == ("a", "g1"), "gone"
+    assert first((idle, replace(at("b", "g1", 12), role=Role.DECODE)), full) == ("a", "g1"), "a prompt would stall it"
+    assert first((idle, replace(at("b", "g1", 12), tiers=frozenset({"u"}))), full) == ("a", "g1"), "meant for another tier"
+    nearly, brim = (replace(at(n, "g1", r), capacity=5) for n, r in (("a", 4), ("b", 5)))
+    assert first((nearly, brim), full) == ("a", "g1"), "full, be it only a fifth fuller"
+    refused = decide("t", False, (idle, at("b", "g1", 12)), frozenset({("b", "g1")}), warm=(full,))
+    assert refused is not None
+    assert refused.groups[0] == idle
+    unlimited = tuple(replace(g, capacity=0) for g in (idle, at("b", "g1", 11)))
+    assert first(unlimited, full) == ("a", "g1"), "who knows what is safe there"
 
 
 def test_new_requests_go_where_prefill_is_and_started_ones_where_decode_is() -> None:
