@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nitsum import routing
+from nitsum.affinity import Affinity
 from nitsum.routing import AdmissionClass
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
@@ -53,6 +54,8 @@ class Live:
     sampling: node_pb2.Sampling
     logprobs: node_pb2.Logprobs | None
     arrived: float
+    blocks: tuple[bytes, ...]
+    """Digests of the prompt's."""
     out: list[int] = field(default_factory=list)
     first_at: float = 0.0
     last_at: float = 0.0
@@ -76,6 +79,7 @@ class Router:
         self.demand = Demand()
         self.unready_reason = ""
         self._routes = routing.Routes()
+        self._affinity = Affinity(os.urandom(32))
         self._seen: dict[str, tuple[Any, int, list[routing.Key]]] = {}
         """By agent id: line, its `changes` when it was looked at, its groups in `_routes`."""
         self._number = 0
@@ -89,9 +93,9 @@ class Router:
         background = not tier.ttft_ms and not tier.tpot_ms
         self._number += 1
         stream = routing.Stream(tier.name, background, now)
-        live = Live(
-            request, self._number, tier, stream, sampling_of(request, self.context_length), logprobs_of(request), now
-        )  # raises what ends this request alone
+        sampling, logprobs = sampling_of(request, self.context_length), logprobs_of(request)  # raise what ends this request alone
+        blocks = self._affinity.digests(request.input_ids, request.cache_salt or "")
+        live = Live(request, self._number, tier, stream, sampling, logprobs, now, blocks)
         self.demand.arrived(tier.name, len(request.input_ids))
         self.live[request.rid] = live
         if request.sampling_params.max_new_tokens == 0 and not request.return_logprob:
@@ -100,6 +104,7 @@ class Router:
             return self._carry_out(live, [routing.Fail(429, f"{IN_FLIGHT_MAX} requests are in flight; try again later", 1000)])
         if self.lines and all(line.gone for line in self.lines.values()):
             return self._carry_out(live, [routing.Fail(503, "no node of this pool answers", 1000)])
+        self._look_up(live)
         self._carry_out(live, stream.start(self.view(), now))
 
     def refuse(self, request: Any, status: int, message: str) -> None:
@@ -218,9 +223,13 @@ class Router:
         if agent_id in self.lines:
             self._seen[agent_id] = line, line.changes, [g.key for g in groups]
 
+    def _look_up(self, live: Live) -> None:
+        live.stream.warm = self._affinity.warm(live.blocks, len(live.request.input_ids))
+
     def _feed(self, live: Live, event: routing.Event) -> None:
         if isinstance(event, routing.Moved | routing.Refused | routing.Crashed | routing.NodeLost):
             self.by_hop.pop(live.node_rid(event.hop), None)  # over: what still comes of it is nobody's
+            self._look_up(live)
         self._carry_out(live, live.stream.handle(event, self.view(), time.monotonic()))
 
     def _carry_out(self, live: Live, commands: list[routing.Command]) -> None:
@@ -272,6 +281,9 @@ class Router:
         sent = bool(line.send(node_pb2.AttachRequest(submit=submit)))
         if sent:
             self._routes.submitted(c.group)
+            group = self._routes.get(c.group)
+            if group is None or group.role.suits(False):  # what only decodes gets no prompts, so it need not be known
+                self._affinity.ran(live.blocks, c.group, c.epoch)
         return sent
 
     def _retry(self, live: Live) -> None:

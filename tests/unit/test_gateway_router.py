@@ -1,6 +1,7 @@
 """The router between a front that speaks SGLang's structs and nodes that do as they like: what it keeps, what it forgets."""
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,14 +73,30 @@ class Front:
                 self.ends[row.request.rid] = row.finish
 
 
-def request(rid: str) -> Any:
+class Sized(Line):
+    """Of a group that runs 20 within SLO and says how many it runs when it is asked."""
+
+    runs, epoch, news = 0, 1, 0
+
+    @property
+    def changes(self) -> int:
+        return self.news
+
+    def groups(self) -> list[GroupView]:
+        return [GroupView((self.agent_id, "g"), self.epoch, True, frozenset(), self.runs, capacity=20)]
+
+    def says(self, runs: int, epoch: int = 1) -> None:
+        self.runs, self.epoch, self.news = runs, epoch, self.news + 1
+
+
+def request(rid: str, ids: list[int] | None = None, salt: str | None = None) -> Any:
     return SimpleNamespace(
         rid=rid,
-        input_ids=[1, 2, 3],
+        input_ids=array("q", ids or [1, 2, 3]),
         sampling_params=SimpleNamespace(**PARAMS),
         return_logprob=False,
         require_reasoning=False,
-        cache_salt=None,
+        cache_salt=salt,
     )
 
 
@@ -261,6 +278,71 @@ def test_routes_follow_what_lines_say() -> None:
         for i in range(4):
             r.submit(request(f"r{i}"))
         assert [len(line.submits()) for line in (a, r.lines["b"])] == [2, 2], "what was sent counts before the node says so"
+
+    inside(work)
+
+
+def test_the_next_turn_goes_where_the_last_one_ran_if_that_costs_little() -> None:
+    def work() -> None:
+        a, b = Sized("a"), Sized("b")
+        r, _ = router(a, b)
+        talk, number = list(range(2000)), 0
+
+        def sent(ids: list[int], a_runs: int, b_runs: int, salt: str | None = None, epoch: int = 1) -> str:
+            nonlocal number
+            number += 1
+            a.says(a_runs, epoch)
+            b.says(b_runs)
+            before = len(a.submits())
+            r.submit(request(f"r{number}", ids, salt))
+            return "a" if len(a.submits()) > before else "b"
+
+        assert sent(talk, 0, 1) == "a"
+        assert sent([*talk, *range(500)], 4, 1) == "a", "less than a quarter of 20 fuller, and most of the prompt is there"
+        assert sent([*talk, *range(500)], 4, 1, "acme") == "b", "nothing is shared with another salt"
+        assert sent(talk[1:], 4, 1) == "b"
+        assert sent(talk, 4, 1, epoch=2) == "b", "its engine is another: what the node's store has is worth half"
+        assert sent(talk, 4, 1, epoch=2) == "b", "now it ran there"
+        assert sent(talk, 1, 4, epoch=2) == "b"
+        assert sent(talk, 1, 20, epoch=2) == "a", "full"
+        del r.lines["b"]
+        assert sent(talk, 19, 0, epoch=2) == "a", "gone"
+        assert [len(s.input_ids) for s in a.submits()][:2] == [2000, 2500]
+
+    inside(work)
+
+
+def test_what_moved_is_looked_for_where_it_went() -> None:
+    def work() -> None:
+        a, b = Sized("a"), Sized("b")
+        r, _ = router(a, b)
+        talk = list(range(1000))
+        r.submit(request("first", talk))
+        r.on_frame(a, refused("1.1.", Refused.REASON_UNKNOWN_GROUP))
+        assert r.live["first"].stream.group == ("b", "g")
+        a.says(0)
+        b.says(1)
+        r.submit(request("second", talk))
+        assert r.live["second"].stream.group == ("b", "g")
+
+    inside(work)
+
+
+def test_a_hand_over_leaves_prompts_with_the_group_that_prefills() -> None:
+    class Two(Line):
+        def groups(self) -> list[GroupView]:
+            roles = (("p1", Role.PREFILL), ("p2", Role.PREFILL), ("d", Role.DECODE))
+            return [GroupView((self.agent_id, g), 1, True, frozenset(), capacity=20, role=role) for g, role in roles]
+
+    def work() -> None:
+        line = Two("a")
+        r, _ = router(line)
+        talk = list(range(1000))
+        r.submit(request("first", talk))
+        r.on_frame(line, tokens("1.1.", [7], Kind.KIND_MOVED))
+        assert r.live["first"].stream.group == ("a", "d")
+        r.submit(request("second", talk))
+        assert r.live["second"].stream.group == ("a", "p1")
 
     inside(work)
 
