@@ -21,7 +21,7 @@ RETRY_S = 0.05
 RETRY_S_MAX = 1.0
 GAP = 0.25
 """How much fuller than the least loaded a group may be, in parts of what it can run within SLO, that has the KV of a whole prompt; as much
-less as it has less of it."""
+less as it has less of it. What it costs if nothing is found: docs/benchmarks.md."""
 FROM_STORE = 0.5
 """What KV in the node's store is worth beside KV in the engine: it must be loaded, and the store is small."""
 
