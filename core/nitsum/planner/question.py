@@ -61,7 +61,7 @@ class PoolQuestion:
 
     @cached_property
     def background(self) -> tuple[str, ...]:
-        return tuple(t.name for t in self.pool.tiers if t.background)
+        return tuple(sorted(t.name for t in self.pool.tiers if t.background))
 
     @property
     def gpus(self) -> int:
