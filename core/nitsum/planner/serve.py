@@ -23,6 +23,8 @@ EVEN_MIN = 0.75
 LEFT_MIN = 0.1
 """Of a tier's demand: where less than this shall flow, no group that others share is meant for it, whatever that costs: what comes all the
 same would break what they hold."""
+APART = 0.98
+"""Of the score of shared groups, as it spills: what is foreseen of sharing is on the bright side."""
 NARROWED_LOSS = 0.05
 """Of the score that may be given up for that."""
 SURGE_MAX = 4.0
@@ -66,7 +68,12 @@ def _best(asked: Problem) -> Answer:
     best = greedy.solve(asked)
     if not _short(asked, best) or len(asked.wants) < 2:
         return best
-    return max(best, greedy.solve(apart(asked)), key=lambda a: spilled(asked, a).score)
+    alone = greedy.solve(apart(asked))
+    return alone if spilled(asked, alone).score > APART * spilled(asked, best).score else best
+
+
+def _apart(asked: Problem, answer: Answer) -> bool:
+    return all(len(asked.kinds[k].tiers) == 1 for (_, k), n in answer.counts.items() if n)
 
 
 def _short(asked: Problem, answer: Answer) -> set[str]:
@@ -184,11 +191,15 @@ def serve(
     if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = _narrowed(asked, _best(asked))  # as it would serve
         other, same = spilled(asked, best), spilled(asked, chosen)
-        if anew:
+        short = bool(_short(asked, chosen))  # then nothing keeps what tiers share from those that come most
+        if short and _apart(asked, best) and not _apart(asked, chosen):
+            earns_more = other.score > APART * same.score
+        elif anew:
             earns_more = rated(asked, other).score > rated(asked, same).score
         else:
             lost = relabel.lost(asked, {t.name: t for t in q.slo_tiers}, q.demand, chosen, best)
-            earns_more = wins(asked, replace(other, score=other.score - lost), same, gain_min)
+            part = APART if short and _apart(asked, chosen) and not _apart(asked, best) else 1.0
+            earns_more = wins(asked, replace(other, score=other.score * part - lost), same, gain_min)
         if earns_more:
             chosen = best
     counts = dict(chosen.counts)

@@ -6,7 +6,7 @@
    to others.
 3. For the rest one joint Problem. `base`: what runs after repair, with the best labels. `best`: the better of exact (HiGHS) and greedy,
    with shared groups or without, less what misses all the same (`rating`). It replaces `base` only where its score, less what the switch
-   loses, is more by `gain_min`.
+   loses, is more by `gain_min`; where both ways do, that which earns more once it is laid out and labelled.
 4. Counts become GPUs with the least disturbance; which tiers each group serves is the fast plane's business (`serve`).
 """
 
@@ -21,7 +21,7 @@ from nitsum.planner.compose import Decided, as_placed, compose
 from nitsum.planner.place import Placed, Running, Slot, place
 from nitsum.planner.problem import Answer, Counts, Kind, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale, standing
-from nitsum.planner.rating import apart, rated
+from nitsum.planner.rating import apart, rated, spilled
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import crowded, describe, goodput, outlook, parts, profile, shape, told
@@ -90,13 +90,21 @@ class _Choice:
     counts: Counts
     current: Answer
     base: Answer
-    best: Answer
+    found: tuple[Answer, ...]
+    """With shared groups or without, the best first."""
     gain_min: float
 
     @property
+    def best(self) -> Answer:
+        return self.found[0]
+
+    def changes(self, answer: Answer) -> bool:
+        asked, base = self.asked, self.base
+        return not self.counts or (asked.widths(answer.counts) != asked.widths(base.counts) and wins(asked, answer, base, self.gain_min))
+
+    @property
     def change(self) -> bool:
-        asked, best, base = self.asked, self.best, self.base
-        return not self.counts or (asked.widths(best.counts) != asked.widths(base.counts) and wins(asked, best, base, self.gain_min))
+        return self.changes(self.best)
 
 
 class SlowPlane:
@@ -200,35 +208,55 @@ class SlowPlane:
         losses = [flip_loss(q, snapshot, _score(asked, current, q.pool.name), dwell(q, snapshot, now)) for q in moves]
         asked = replace(asked, flip_loss=dict(ChainMap(*losses)))
         base = self._at_best(asked, greedy.solve(asked, counts) if asked.legal(counts) else value(asked, counts, "as it runs"))
-        best = rated(asked, self._best(asked))
-        if len(asked.wants) > 1 and any(len(asked.kinds[k].tiers) > 1 for _, k in best.counts):
-            best = max(best, rated(asked, self._best(apart(asked))), key=lambda a: a.score)
-        return _Choice(asked, members, runs, counts, rated(asked, current), rated(asked, base), best, gain_min)
+        found = [rated(asked, self._best(asked))]
+        if len(asked.wants) > 1 and any(len(asked.kinds[k].tiers) > 1 for _, k in found[0].counts):
+            found = sorted((*found, rated(asked, self._best(apart(asked)))), key=lambda a: -a.score)
+        return _Choice(asked, members, runs, counts, rated(asked, current), rated(asked, base), tuple(found), gain_min)
 
     def _seen(self, q: PoolQuestion, placed: list[Placed], snapshot: Snapshot, found: tuple[Kind, ...]) -> tuple[Kind, ...]:
         """Kinds of the groups that there will be, as the fast plane will see them; of split blocks those of `found`."""
         mixed = tuple(k for k in kinds(q, snapshot, self._capacity, standing(placed)) if k.split is None)
         return mixed + tuple(k for k in found if k.split is not None and k.pool == q.pool.name)
 
+    def _servings(self, c: _Choice, placed: list[Placed], moves: list[PoolQuestion], snapshot: Snapshot, anew: bool) -> list[Serving]:
+        """By pool: which of its groups serve which tiers. `anew`: their labels are a plan's, which only its score keeps."""
+        found = []
+        for q in moves:
+            mine = [p for p in placed if p.pool == q.pool.name]
+            seen = self._seen(q, mine, snapshot, c.asked.kinds)
+            labels = serve(q, seen, mine, c.gain_min, True, self._at_best) if anew else serve(q, seen, mine, snapshot.settings.gain_min)
+            found.append(self._flowing(labels))
+        return found
+
+    def _laid_out(
+        self, c: _Choice, answer: Answer, moves: list[PoolQuestion], snapshot: Snapshot, running: Running, barred: frozenset[str]
+    ) -> tuple[float, Answer, list[Serving]] | None:
+        """(score as it serves, the answer, servings); None where the counts find no place."""
+        placed = _placed(c.asked, answer.counts, c.members, running, barred)
+        if placed is None:
+            return None
+        servings = self._servings(c, fill(moves, placed, set(barred), c.asked.kinds), moves, snapshot, True)
+        earned = sum(rated(s.asked, spilled(s.asked, s.answer)).score for s in servings)
+        return earned - c.asked.switch_loss(answer.counts), answer, servings
+
     def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
         c = self._choice(moves, snapshot, now, barred)
         asked, members, runs, counts, base, best, gain_min = c.asked, c.members, c.runs, c.counts, c.base, c.best, c.gain_min
         running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
-        change, usual = c.change, snapshot.settings.gain_min
-        placed = _placed(asked, best.counts, members, running, barred) if change else None
-        answer = best if placed is not None else base
-        if placed is None:
-            change = False
+        change = c.change
+        laid = [self._laid_out(c, a, moves, snapshot, running, barred) for a in c.found if c.changes(a)] if change else []
+        options = [o for o in laid if o is not None]
+        if options:  # as it will serve, with the groups that there will be
+            _, best, servings = max(options, key=lambda o: o[0])
+            answer = best
+        else:
+            change, answer = False, base
             kept = [p for ps in runs.values() for p in ps]
             added = {key: n for key, got in base.counts.items() if (n := got - counts.get(key, 0)) > 0}
             placed = kept + (_placed(asked, added, members, {}, barred | {g.uuid for p in kept for g in p.gpus}) or [])
-        placed = fill(moves, placed, set(barred), asked.kinds)
+            servings = self._servings(c, fill(moves, placed, set(barred), asked.kinds), moves, snapshot, False)
         decided = []
-        for q in moves:
-            mine = [p for p in placed if p.pool == q.pool.name]
-            seen = self._seen(q, mine, snapshot, asked.kinds)
-            labels = serve(q, seen, mine, gain_min, True, self._at_best) if change else serve(q, seen, mine, usual)
-            serving = self._flowing(labels)
+        for q, serving in zip(moves, servings, strict=True):
             answers, lasts = (c.current, base, best, answer), dwell(q, snapshot, now)
             plan = _plan(q, snapshot, asked, serving, answers, change, gain_min, lasts)
             if change:
