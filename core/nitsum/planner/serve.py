@@ -64,12 +64,13 @@ class Serving:
 
 
 def _best(asked: Problem) -> Answer:
-    """Where not all can be served, nothing keeps what tiers share from those that come most: groups of their own may serve more then."""
+    """Where not all can be served, nothing keeps what tiers share from those that come most: groups of their own may serve more then, if
+    that leaves no other tier short."""
     best = greedy.solve(asked)
-    if not _short(asked, best) or len(asked.wants) < 2:
+    if not (short := _short(asked, best)) or len(asked.wants) < 2:
         return best
     alone = greedy.solve(apart(asked))
-    return alone if spilled(asked, alone).score > APART * spilled(asked, best).score else best
+    return alone if _short(asked, alone) <= short and spilled(asked, alone).score > APART * spilled(asked, best).score else best
 
 
 def _apart(asked: Problem, answer: Answer) -> bool:
@@ -191,8 +192,8 @@ def serve(
     if anew or any(chosen.served[w.pool, w.tier] < w.rate * (1 - 1e-9) for w in asked.wants):
         best = _narrowed(asked, _best(asked))  # as it would serve
         other, same = spilled(asked, best), spilled(asked, chosen)
-        short = bool(_short(asked, chosen))  # then nothing keeps what tiers share from those that come most
-        if short and _apart(asked, best) and not _apart(asked, chosen):
+        short = _short(asked, chosen)  # then nothing keeps what tiers share from those that come most
+        if short and _short(asked, best) <= short and _apart(asked, best) and not _apart(asked, chosen):
             earns_more = other.score > APART * same.score
         elif anew:
             earns_more = rated(asked, other).score > rated(asked, same).score

@@ -32,6 +32,8 @@ DWELL_MAX = 10
 """Multiple of the expected dwell: a layout that has stood for longer than that says no more about the next one."""
 DWELL_MIN = 1.0
 """Seconds; whatever is set, a pause is weighed against some time."""
+NEAR = 0.98
+"""Of the best score: of layouts that earn so much, the one that leaves fewest tiers short is it."""
 STALE = "no fresh demand report: the last safe layout stays"
 
 
@@ -247,7 +249,8 @@ class SlowPlane:
         laid = [self._laid_out(c, a, moves, snapshot, running, barred) for a in c.found if c.changes(a)] if change else []
         options = [o for o in laid if o is not None]
         if options:  # as it will serve, with the groups that there will be
-            _, best, servings = max(options, key=lambda o: o[0])
+            least = NEAR * max(score for score, _, _ in options)
+            _, best, servings = max(options, key=lambda o: (o[0] >= least, -sum(_short(s) for s in o[2]), o[0]))
             answer = best
         else:
             change, answer = False, base
@@ -263,6 +266,11 @@ class SlowPlane:
                 plan = replace(plan, rejected=(*plan.rejected, *alternatives(asked, best, told(serving.placed), q, greedy.solve)))
             decided.append(Decided(q, serving.placed, serving, plan))
         return decided
+
+
+def _short(serving: Serving) -> int:
+    """Tiers that do not hold."""
+    return sum(serving.answer.served[w.pool, w.tier] < w.target * w.rate * (1 - 1e-9) for w in serving.asked.wants)
 
 
 def _repaired(q: PoolQuestion, placed: Iterable[Placed]) -> list[str]:
