@@ -1,6 +1,7 @@
 """Goodput of every policy over mixes of recorded traces, loads and seeds: simulated, so every figure is modelled.
 
 usage: uv run python bench/goodput.py [--quick | --short] [--seeds N] [--traces DIR] [--jobs N] [--only tables,even,ladder] [--json FILE]
+       [--markdown]
 
 The traces lie outside the repository: `--traces`, or NITSUM_TRACES. Results of single cells are kept under `--results`; a sweep that was
 cut off goes on there. Seeds are added until the standard error of nitsum's and the oracle's mean attainment is at most 1 %, four at most.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import goodput_cells
+import goodput_markdown
 import goodput_mixes
 import goodput_tables
 from goodput_cells import Store, Unit
@@ -58,6 +60,7 @@ def main() -> None:
     options.add_argument("--jobs", type=int, default=1, help="processes")
     options.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     options.add_argument("--json", type=Path, metavar="FILE")
+    options.add_argument("--markdown", action="store_true", help="also print the tables as docs/benchmarks.md has them")
     args = options.parse_args()
     parts = args.only.split(",")
     if wrong := [p for p in parts if p not in PARTS]:
@@ -85,6 +88,8 @@ def main() -> None:
         for plan, mix, data in found:
             console.print(goodput_tables.show(plan, mix, data, origin))
         console.print(goodput_tables.summary(found))
+        if args.markdown:
+            print(goodput_markdown.ratios(tables, store), goodput_markdown.loads(tables, store), sep="\n\n")
         document["tables"] = [{"model": p.model, "gpus": p.gpus, "mix": mix, "duration_s": p.duration_s} | data for p, mix, data in found]
     for part, plan, of in (("even", even, goodput_tables.even), ("ladder", ladder, goodput_tables.ladder)):
         if part in parts:

@@ -12,11 +12,12 @@ BENCH = Path(__file__).parents[2] / "bench"
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCH))
     import goodput_cells
+    import goodput_markdown
     import goodput_plans
     import goodput_tables
 
     class Modules:
-        cells, plans, tables = goodput_cells, goodput_plans, goodput_tables
+        cells, plans, tables, markdown = goodput_cells, goodput_plans, goodput_tables, goodput_markdown
 
     return Modules
 
@@ -95,6 +96,12 @@ def test_ratios(bench: Any, tmp_path: Path) -> None:
     assert r["plain"] == (round(95 / 40, 3), "plain-tp2")
     assert r["resplit"] == (round(95 / 60, 3), "resplit-tp1")
     assert r["at_rps"] == 87.5
+    row = bench.markdown.ratios([plan], store).splitlines()[-1]
+    assert row == (
+        "| Llama-3.1-8B | 8 | chat+agents | 95.0 / 81.0 (95% / 45%) | 0.95 / 0.68 | 1.12 / 0.90 | 1.58 / 0.81 | 2.38 / 4.05 | one seed |"
+    )
+    row = bench.markdown.loads([plan], store).splitlines()[-1]
+    assert row == "| Llama-3.1-8B | chat+agents | 96 / - | 109 / 90 | - / - | - / - | - / - |"
 
 
 def test_missing_traces_are_named(bench: Any, tmp_path: Path) -> None:
