@@ -43,7 +43,7 @@ def load_yaml(path: Path) -> Any:
         loader = _Loader(text)
         loader.name = str(path)
         return loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as e:  # the loader lets some of its own through
         mark = getattr(e, "problem_mark", None)
         where = f"{path}: line {mark.line + 1}" if mark else str(path)
         raise InvalidSpec(where, f"not YAML: {getattr(e, 'problem', None) or e}") from e

@@ -38,12 +38,13 @@ class Affinity:
 
     def digests(self, ids: Sequence[int], salt: str) -> tuple[bytes, ...]:
         """One for each whole block of a prompt, up to PROMPT_BLOCKS_MAX. Raises TypeError, OverflowError for what are no tokens."""
+        ids = ids[: BLOCK * PROMPT_BLOCKS_MAX]
         data = memoryview(ids if isinstance(ids, array) and ids.typecode == "q" else array("q", ids)).cast("B")
         size = BLOCK * 8
         salted = salt.encode(errors="surrogatepass")
         so_far = blake2b(len(salted).to_bytes(8, "big") + salted, digest_size=8, key=self.key)
         made = []
-        for end in range(size, min(len(data), size * PROMPT_BLOCKS_MAX) + 1, size):
+        for end in range(size, len(data) + 1, size):
             so_far.update(data[end - size : end])
             made.append(so_far.copy().digest())
         return tuple(made)

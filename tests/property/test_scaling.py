@@ -1,6 +1,7 @@
 """More GPUs never make a plan worse, and demand and fleet scale together: on a profile of real size, governed as engines are."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -113,3 +114,17 @@ def test_a_first_layout_says_what_it_was_chosen_over() -> None:
     assert p.reasons[-1].removeprefix("first layout: ") not in others
     assert all("expected goodput" in text and "less by target and weight" in text for text in p.rejected)
     assert "agents 0." in next(text for text in p.rejected if text.startswith("1xTP8")), "which tier lacks"
+
+
+@settings(max_examples=15, deadline=None)
+@given(rates=RATES, scale=st.floats(0.5, 1.6))
+def test_a_first_layout_stays_under_the_demand_that_it_was_made_for(rates: tuple[float, ...], scale: float) -> None:
+    """Also where GPUs are short: what was chosen once laid out must not lose to what was rejected."""
+    s, widths = taken(tuple(r * scale for r in rates), 8, 1), []
+    for now in (0.0, 100.0, 200.0):
+        found = plan(replace(s, demand=tuple(replace(d, observed_at=now) for d in s.demand)), now)
+        widths.append(sorted(g.tp_size for n in found.nodes for g in n.layout.groups))
+        laid = {n.agent_id: n for n in found.nodes}
+        views = [replace(v, residency=laid[v.node.agent_id].residency, layout=laid[v.node.agent_id].layout) for v in s.nodes]
+        s = replace(s, nodes=tuple(views))
+    assert widths[0] == widths[1] == widths[2]

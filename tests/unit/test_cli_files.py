@@ -36,7 +36,20 @@ def test_what_a_merge_brings_may_be_set_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [\n", "a: 2026-99-99\n", "{a: 1}: b\n", "a: !foo 1\n", "!foo a: 1\n", "[" * 5000, "a: \x01\n", "a: 1\n---\nb: 1\n"]
+    "text",
+    [
+        "a: [\n",
+        "a: 2026-99-99\n",
+        "{a: 1}: b\n",
+        "a: !foo 1\n",
+        "!foo a: 1\n",
+        "[" * 5000,
+        "a: \x01\n",
+        "a: 1\n---\nb: 1\n",
+        "a: !!int ''\n",
+        "? !!bool maybe\n",
+        "!!seq a: 1\n",
+    ],
 )
 def test_what_is_no_yaml_names_the_file(tmp_path: Path, text: str) -> None:
     with pytest.raises(InvalidSpec, match=r"f\.yaml: .*not YAML: "):

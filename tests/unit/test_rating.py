@@ -119,3 +119,13 @@ def test_spilled_groups_are_never_used_beyond_all_of_their_time(rates: tuple[flo
     fast, slow = found.served["p", "fast"], found.served["p", "slow"]
     assert fast / 10 + slow / 5 <= sum(counts) + 1e-6
     assert all(found.served[w.pool, w.tier] <= w.rate * (1 + 1e-9) for w in p.wants)
+
+
+def test_expected_goodput_is_never_below_nothing() -> None:
+    """What misses is a part of what is served, not of what the search let flow."""
+    shared = Kind("p", 1, ("fast", "slow"), (10.0, 10.0), attained=((0.9, 0.5), (0.9, 0.5)))
+    p = asked(1000.0, 9.0, shared, gpus=1)
+    answer = value(p, {(0, 0): 1}, "test")
+    found = good(p, answer, {("p", "fast"): 1000.0, ("p", "slow"): 9.0})
+    assert min(found.values()) >= 0
+    assert sum(found.values()) == pytest.approx(5.0)

@@ -172,6 +172,8 @@ class Profile:
 
     def _flat_parts(self, resident_tokens: int, mode: FlipMode, to_tp: int) -> FlipParts:
         """Without rates and memory: one prefill of all tokens at B, or a flat copy rate."""
+        if mode is FlipMode.LET_FINISH:
+            return FlipParts(self.flip_fixed_ms, 0.0, KvFate.KEPT)
         computed = self.prefill_ms(to_tp, resident_tokens) if resident_tokens else 0.0
         if mode is FlipMode.MIGRATE_FIRST and self.kv_copy_tokens_per_s:
             copied = resident_tokens / self.kv_copy_tokens_per_s * 1e3

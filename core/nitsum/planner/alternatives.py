@@ -1,4 +1,4 @@
-"""What a new layout was chosen over: each TP alone, and tiers with or without groups of their own, each at its best."""
+"""What a new layout was chosen over: each TP alone, and tiers with or without groups of their own, each as `solve` finds it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +22,11 @@ def _of_one_tp(asked: Problem, pool: str, tp_size: int) -> Problem:
     return replace(asked, kinds=tuple(k if able(k) else replace(k, rates=(0.0,) * len(k.rates)) for k in asked.kinds))
 
 
+def _apart(asked: Problem, pool: str) -> Problem:
+    """The same question where the pool's groups are not shared."""
+    return replace(asked, kinds=tuple(a if k.pool == pool else k for k, a in zip(asked.kinds, apart(asked).kinds, strict=True)))
+
+
 def _lacks(asked: Problem, answer: Answer, pool: str) -> str:
     """Of which tier the least part of its demand is served, if some is not."""
     served = {w.tier: answer.served[w.pool, w.tier] / w.rate for w in asked.wants if w.pool == pool and w.rate > 0}
@@ -42,13 +47,14 @@ def alternatives(asked: Problem, chosen: Answer, layout: str, q: PoolQuestion, s
     `solve`: greedy will do."""
     pool = q.pool.name
     found, known = list[tuple[float, str]](), {_said(asked, chosen, pool), layout}
-    for question, how in (*((_of_one_tp(asked, pool, tp), "") for tp in q.tps), (apart(asked), ", no group shared"), (asked, "")):
+    for question, how in (*((_of_one_tp(asked, pool, tp), "") for tp in q.tps), (_apart(asked, pool), ", no group shared"), (asked, "")):
         answer = solve(question)
         answer = rated(asked, value(asked, answer.counts, answer.by))
         other = _said(asked, answer, pool)
-        if answer.counts and other not in known and answer.score <= chosen.score:
+        if answer.counts and other not in known:
             known.add(other)
             less = 1 - answer.score / chosen.score if chosen.score > 0 else 0.0
+            score = f"scores {less:.1%} less by target and weight" if less >= 0 else "no better once its groups are labelled"
             expected = f"expected goodput {goodput(q, asked, answer):.2f} requests/s{_lacks(asked, answer, pool)}"
-            found.append((-answer.score, f"{other}{how}: {expected}; scores {less:.1%} less by target and weight"))
+            found.append((-answer.score, f"{other}{how}: {expected}; {score}"))
     return tuple(text for _, text in sorted(found)[:SHOWN_MAX])

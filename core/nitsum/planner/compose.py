@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nitsum.layout import Capacity as Limits
-from nitsum.layout import FlipMode, Group, Layout, Role, TierShare
+from nitsum.layout import Group, Layout, Role, TierShare
 from nitsum.planner.capacity import Capacity
-from nitsum.planner.ending import Ending, mean_life_s, of_node
+from nitsum.planner.ending import Ending, Ends, mean_life_s, of_node
 from nitsum.planner.limits import limits_of
 from nitsum.planner.place import Key, Placed
 from nitsum.planner.question import PoolQuestion
@@ -122,7 +122,7 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
         for n in ordered
         if n.schedulable and not n.flipping and runs[n.node.agent_id] and runs[n.node.agent_id].keys() != wanted[n.node.agent_id]
     ]
-    late = set(changing[max(snapshot.settings.flips_at_once_max - sum(n.flipping for n in ordered), 0) :])
+    late = set(changing[max(snapshot.settings.flips_at_once_max - sum(n.flipping and n.schedulable for n in ordered), 0) :])
     limits: Known = {}
     nodes = []
     for n in ordered:
@@ -149,11 +149,14 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
 def _ending(n: NodeView, layout: Layout, decided: list[Decided], snapshot: Snapshot) -> Ending:
     """How the streams of its groups that end are treated."""
     stays = {(g.group_id, g.gpu_uuids) for g in layout.groups}
-    ends = [g for g in n.layout.groups if (g.group_id, g.gpu_uuids) not in stays and g.pool in snapshot.flip_costs]
-    if not ends:
-        return Ending(FlipMode.ABORT, 0.0)
-    lives = {d.q.pool.name: mean_life_s(d.q.slo_tiers, d.q.demand) for d in decided}
-    return of_node(ends, layout.groups, n.resident_tokens, lives, snapshot.flip_costs)
+    questions = {d.q.pool.name: d.q for d in decided}
+    ends = []
+    for g in n.layout.groups:
+        if (g.group_id, g.gpu_uuids) not in stays and (q := questions.get(g.pool)) is not None:
+            runs = {s.tier for s in g.shares}
+            life = mean_life_s([t for t in q.pool.tiers if t.name in runs], q.demand)
+            ends.append(Ends(g, n.resident_tokens.get(g.group_id, 0), life, snapshot.flip_costs[g.pool], q.tps))
+    return of_node(ends, layout.groups)
 
 
 def _paired(groups: list[Group]) -> list[Group]:

@@ -59,13 +59,26 @@ def ending(tokens: int, from_tp: int, to_tp: int, life: float, cost: FlipCost) -
     return Ending(FlipMode.ABORT, aborted)
 
 
-def of_node(
-    ends: Iterable[Group], comes: Iterable[Group], tokens: Mapping[str, int], lives: Mapping[str, float], costs: Mapping[str, FlipCost]
-) -> Ending:
-    """One mode for all groups of a node that end: that of the one which loses most. `lives`, `costs`: by pool."""
-    new = [(set(g.gpu_uuids), g.tp_size) for g in comes]
+@dataclass(frozen=True)
+class Ends:
+    """A group that ends: its KV in tokens, how long its streams live, what a flip of it costs, and to which TPs."""
+
+    group: Group
+    tokens: int
+    life_s: float
+    cost: FlipCost
+    tps: tuple[int, ...]
+
+
+def of_node(ends: Iterable[Ends], comes: Iterable[Group]) -> Ending:
+    """One mode for all groups of a node that end: that of the one which loses most. Where nothing of its pool follows on its GPUs, its
+    streams go to other groups, as wide as itself or the narrowest."""
+    new = list(comes)
     found = []
-    for g in ends:
-        to_tp = max((tp for uuids, tp in new if not uuids.isdisjoint(g.gpu_uuids)), default=g.tp_size)
-        found.append(ending(tokens.get(g.group_id, 0), g.tp_size, to_tp, lives.get(g.pool, 0.0), costs[g.pool]))
+    for e in ends:
+        g = e.group
+        after = [n.tp_size for n in new if n.pool == g.pool and n.tp_size in e.tps and not set(n.gpu_uuids).isdisjoint(g.gpu_uuids)]
+        to_tp = max(after, default=g.tp_size if g.tp_size in e.tps else min(e.tps, default=0))
+        if to_tp:
+            found.append(ending(e.tokens, g.tp_size, to_tp, e.life_s, e.cost))
     return max(found, key=lambda e: (e.lost_ms, e.let_finish_s), default=Ending(FlipMode.ABORT, 0.0))

@@ -92,7 +92,8 @@ class Planes:
         tiers, at, said = self._remedies.get(plan.pool, (frozenset(), 0.0, ()))
         if tiers != lacking or not 0 <= now - at < REMEDY_S:
             pool = next(p for p in snapshot.pools if p.name == plan.pool)
-            said = remedies(ask(pool, snapshot), snapshot, self.capacity, set(lacking))
+            tried = 0 if plan.held or plan.would_change else plan.gpus  # another layout of the same may do
+            said = remedies(ask(pool, snapshot), snapshot, self.capacity, set(lacking), tried)
             self._remedies = {p: r for p, r in self._remedies.items() if any(p == q.name for q in snapshot.pools)}
             self._remedies[plan.pool] = lacking, now, said
         return replace(plan, remedies=said)

@@ -272,9 +272,11 @@ def lack(problem: Problem, answer: Answer) -> float:
 def wins(problem: Problem, best: Answer, stays: Answer, gain_min: float) -> bool:
     """Whether `best` replaces `stays`: it earns more by `gain_min`, or takes enough from what tiers lack that are short. The latter,
     since a tier with few requests or little weight would never be worth a part of the whole."""
-    if best.score <= stays.score + 1e-9:
+    return more(best.score, stays.score, gain_min, lack(problem, stays), lack(problem, best))
+
+
+def more(score: float, before: float, gain_min: float, lacked: float, lacks: float) -> bool:
+    """`wins` in numbers."""
+    if score <= before + 1e-9:
         return False
-    if best.score > stays.score + gain_min * abs(stays.score):
-        return True
-    before = lack(problem, stays)
-    return before > 0 and before - lack(problem, best) > LESS * before
+    return score > before + gain_min * abs(before) or (lacked > 0 and lacked - lacks > LESS * lacked)

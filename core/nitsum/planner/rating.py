@@ -47,9 +47,9 @@ def rated(asked: Problem, answer: Answer) -> Answer:
 
 def good(asked: Problem, answer: Answer, rates: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
     """requests/s of each tier that meet their targets, where so much of it comes: never more than that."""
-    served = spilled(asked, answer).served
-    found = {key: min(served.get(key, 0.0), rate) for key, rate in rates.items()}
-    for pool, missed, flows in _missing(asked, answer, rates):
+    real = spilled(asked, answer)
+    found = {key: min(real.served.get(key, 0.0), rate) for key, rate in rates.items()}
+    for pool, missed, flows in _missing(asked, real, rates):
         for t, flow in flows.items():
             found[pool, t] -= missed * flow
     return found
@@ -94,14 +94,15 @@ def spilled(asked: Problem, answer: Answer) -> Answer:
     for (_, tier), through in comes.items():
         for k, rate in through.items():
             used[k] = used.get(k, 0.0) + rate / asked.kinds[k].rate(tier) / answer.groups[k]
-    served, score = dict(answer.served), answer.score
+    served, safe, flows, score = dict(answer.served), dict(answer.safe), dict(answer.flows), answer.score
     for w in asked.wants:
         through = comes[w.pool, w.tier]
         if any(used[k] > 1 + 1e-9 for k, rate in through.items() if rate > 0):
-            before = served[w.pool, w.tier]
-            now = served[w.pool, w.tier] = sum(rate / max(used[k], 1.0) for k, rate in through.items())
-            score += w.earned(now) - w.earned(before)
-    return replace(answer, served=served, score=score)
+            before, now = served[w.pool, w.tier], {k: rate / max(used[k], 1.0) for k, rate in through.items()}
+            flows |= {(k, w.tier): rate for k, rate in now.items()}
+            served[w.pool, w.tier] = safe[w.pool, w.tier] = sum(now.values())
+            score += w.earned(served[w.pool, w.tier]) - w.earned(before)
+    return replace(answer, served=served, safe=safe, flows=flows, score=score)
 
 
 def apart(asked: Problem) -> Problem:

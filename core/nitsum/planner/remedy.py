@@ -37,9 +37,9 @@ def _least(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, tier: Tier, 
     return value * high, tp_size
 
 
-def _gpus(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, able: set[str]) -> int | None:
-    """GPUs in all, on nodes like the largest there is, with which every tier that can be served is: more than what it may hold here now,
-    since with those it is not."""
+def _gpus(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, able: set[str], tried: int) -> int | None:
+    """GPUs in all, on nodes like the largest there is, with which every tier that can be served is. Those that lost nodes may hold come on
+    top."""
     found = kinds(q, snapshot, capacity)
     widest = max(q.nodes, key=lambda n: len(n.node.gpus)).node
     each, blocks = len(widest.gpus), {size: len(widest.blocks(size)) for size in {*q.tps, *sizes_of(found)}}
@@ -50,8 +50,7 @@ def _gpus(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, able: set[str
         got = greedy.solve(Problem(tuple(asked), found, (cls,), {q.pool.name: gpus}))
         return all(got.served[w.pool, w.tier] >= w.target * w.rate * (1 - 1e-9) for w in asked)
 
-    low = min(q.budget, sum(len(n.node.gpus) for n in q.nodes))
-    high = low + 1
+    low, high = tried, tried + 1
     while not enough(high):
         low, high = high, high * 2
         if high > GPUS_MAX:
@@ -59,11 +58,11 @@ def _gpus(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, able: set[str
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return high + q.pool.budget_gpus - q.budget
 
 
-def remedies(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, infeasible: set[str]) -> tuple[str, ...]:
-    """One sentence each. Empty where all is feasible."""
+def remedies(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, infeasible: set[str], tried: int) -> tuple[str, ...]:
+    """One sentence each. Empty where all is feasible. `tried`: GPUs with which it is known to be not, in their best layout."""
     if not infeasible or q.blocked:
         return ()
     found = kinds(q, snapshot, capacity)
@@ -80,7 +79,7 @@ def remedies(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, infeasible
             said.append(f"{t.name}: no TP holds its targets for {t.target:.0%} of the requests; {can} can be held")
     if infeasible - hopeless:
         able = {t.name for t in q.slo_tiers} - hopeless
-        gpus = _gpus(q, snapshot, capacity, able)
+        gpus = _gpus(q, snapshot, capacity, able, tried)
         many = f"{gpus} GPUs in all would hold" if gpus else "no number of GPUs holds"
         said.append(f"{', '.join(sorted(infeasible - hopeless))}: {many} the targets of {', '.join(sorted(able))}")
     return tuple(said)

@@ -6,7 +6,8 @@
    to others.
 3. For the rest one joint Problem. `base`: what runs after repair, with the best labels. `best`: the better of exact (HiGHS) and greedy,
    with shared groups or without, less what misses all the same (`rating`). It replaces `base` only where its score, less what the switch
-   loses, is more by `gain_min`; where both ways do, that which earns more once it is laid out and labelled.
+   loses, is more by `gain_min`, in the search's numbers and once both are laid out and labelled (`laid`); of two that do, the one that
+   earns more then, or leaves fewer tiers short for nearly as much.
 4. Counts become GPUs with the least disturbance; which tiers each group serves is the fast plane's business (`serve`).
 """
 
@@ -14,14 +15,15 @@ from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from nitsum.planner import exact, greedy
+from nitsum.planner import exact, greedy, laid
 from nitsum.planner.alternatives import alternatives
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
+from nitsum.planner.laid import Laid
 from nitsum.planner.place import Placed, Running, Slot, place
 from nitsum.planner.problem import Answer, Counts, Kind, Problem, value, wins
 from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale, standing
-from nitsum.planner.rating import apart, rated, spilled
+from nitsum.planner.rating import apart, rated
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import crowded, describe, goodput, outlook, parts, profile, shape, told
@@ -32,8 +34,6 @@ DWELL_MAX = 10
 """Multiple of the expected dwell: a layout that has stood for longer than that says no more about the next one."""
 DWELL_MIN = 1.0
 """Seconds; whatever is set, a pause is weighed against some time."""
-NEAR = 0.98
-"""Of the best score: of layouts that earn so much, the one that leaves fewest tiers short is it."""
 STALE = "no fresh demand report: the last safe layout stays"
 
 
@@ -220,7 +220,7 @@ class SlowPlane:
         mixed = tuple(k for k in kinds(q, snapshot, self._capacity, standing(placed)) if k.split is None)
         return mixed + tuple(k for k in found if k.split is not None and k.pool == q.pool.name)
 
-    def _servings(self, c: _Choice, placed: list[Placed], moves: list[PoolQuestion], snapshot: Snapshot, anew: bool) -> list[Serving]:
+    def _servings(self, c: _Choice, placed: list[Placed], moves: list[PoolQuestion], snapshot: Snapshot, anew: bool) -> tuple[Serving, ...]:
         """By pool: which of its groups serve which tiers. `anew`: their labels are a plan's, which only its score keeps."""
         found = []
         for q in moves:
@@ -228,49 +228,46 @@ class SlowPlane:
             seen = self._seen(q, mine, snapshot, c.asked.kinds)
             labels = serve(q, seen, mine, c.gain_min, True, self._at_best) if anew else serve(q, seen, mine, snapshot.settings.gain_min)
             found.append(self._flowing(labels))
-        return found
+        return tuple(found)
 
     def _laid_out(
         self, c: _Choice, answer: Answer, moves: list[PoolQuestion], snapshot: Snapshot, running: Running, barred: frozenset[str]
-    ) -> tuple[float, Answer, list[Serving]] | None:
-        """(score as it serves, the answer, servings); None where the counts find no place."""
+    ) -> Laid | None:
+        """None where the counts find no place."""
         placed = _placed(c.asked, answer.counts, c.members, running, barred)
         if placed is None:
             return None
         servings = self._servings(c, fill(moves, placed, set(barred), c.asked.kinds), moves, snapshot, True)
-        earned = sum(rated(s.asked, spilled(s.asked, s.answer)).score for s in servings)
-        return earned - c.asked.switch_loss(answer.counts), answer, servings
+        return Laid(answer, servings, c.asked.switch_loss(answer.counts))
+
+    def _staying(self, c: _Choice, moves: list[PoolQuestion], snapshot: Snapshot, barred: frozenset[str]) -> Laid:
+        """What runs, with what idle GPUs add."""
+        kept = [p for ps in c.runs.values() for p in ps]
+        added = {key: n for key, got in c.base.counts.items() if (n := got - c.counts.get(key, 0)) > 0}
+        placed = kept + (_placed(c.asked, added, c.members, {}, barred | {g.uuid for p in kept for g in p.gpus}) or [])
+        servings = self._servings(c, fill(moves, placed, set(barred), c.asked.kinds), moves, snapshot, False)
+        return Laid(c.base, servings, c.asked.switch_loss(c.base.counts))
 
     def _decide(self, moves: list[PoolQuestion], snapshot: Snapshot, now: float, barred: frozenset[str]) -> list[Decided]:
         c = self._choice(moves, snapshot, now, barred)
-        asked, members, runs, counts, base, best, gain_min = c.asked, c.members, c.runs, c.counts, c.base, c.best, c.gain_min
-        running: Running = {p.key: p.tiers for ps in runs.values() for p in ps}
-        change = c.change
-        laid = [self._laid_out(c, a, moves, snapshot, running, barred) for a in c.found if c.changes(a)] if change else []
-        options = [o for o in laid if o is not None]
-        if options:  # as it will serve, with the groups that there will be
-            least = NEAR * max(score for score, _, _ in options)
-            _, best, servings = max(options, key=lambda o: (o[0] >= least, -sum(_short(s) for s in o[2]), o[0]))
-            answer = best
-        else:
-            change, answer = False, base
-            kept = [p for ps in runs.values() for p in ps]
-            added = {key: n for key, got in base.counts.items() if (n := got - counts.get(key, 0)) > 0}
-            placed = kept + (_placed(asked, added, members, {}, barred | {g.uuid for p in kept for g in p.gpus}) or [])
-            servings = self._servings(c, fill(moves, placed, set(barred), asked.kinds), moves, snapshot, False)
+        running: Running = {p.key: p.tiers for ps in c.runs.values() for p in ps}
+        wins = [a for a in c.found if c.changes(a)] if c.change else []
+        options = [o for a in wins if (o := self._laid_out(c, a, moves, snapshot, running, barred)) is not None]
+        stays = self._staying(c, moves, snapshot, barred) if c.counts or not options else None
+        if c.counts and stays is not None:
+            options = [o for o in options if o.wins(stays, c.gain_min)]
+        chosen = laid.best(options)
+        result, change = chosen or stays, chosen is not None
+        assert result is not None
+        best = result.answer if change else c.best
         decided = []
-        for q, serving in zip(moves, servings, strict=True):
-            answers, lasts = (c.current, base, best, answer), dwell(q, snapshot, now)
-            plan = _plan(q, snapshot, asked, serving, answers, change, gain_min, lasts)
+        for q, serving in zip(moves, result.servings, strict=True):
+            answers, lasts = (c.current, c.base, best, result.answer), dwell(q, snapshot, now)
+            plan = _plan(q, snapshot, c.asked, serving, answers, change, c.gain_min, lasts)
             if change:
-                plan = replace(plan, rejected=(*plan.rejected, *alternatives(asked, best, told(serving.placed), q, greedy.solve)))
+                plan = replace(plan, rejected=(*plan.rejected, *alternatives(c.asked, best, told(serving.placed), q, greedy.solve)))
             decided.append(Decided(q, serving.placed, serving, plan))
         return decided
-
-
-def _short(serving: Serving) -> int:
-    """Tiers that do not hold."""
-    return sum(serving.answer.served[w.pool, w.tier] < w.target * w.rate * (1 - 1e-9) for w in serving.asked.wants)
 
 
 def _repaired(q: PoolQuestion, placed: Iterable[Placed]) -> list[str]:
@@ -306,7 +303,8 @@ def _plan(
     elif not q.running:
         reasons.append(f"first layout: {will}")
     elif same:
-        gain = best.score / base.score - 1 if base.score > 0 else 0.0
+        other = asked.widths(best.counts) != asked.widths(base.counts)
+        gain = best.score / base.score - 1 if other and base.score > 0 else 0.0
         reasons.append(f"{was} stays: the best other shape gains {max(gain, 0):.0%}, {gain_min:.1%} is asked")
     elif not change:
         reasons.append(f"its GPUs changed: {was} -> {will}")

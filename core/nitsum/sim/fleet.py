@@ -412,6 +412,7 @@ class Fleet:
         n.wanted, n.epoch = wanted, n.epoch + 1
         for g in ended:
             g.closing = True
+            g.engine.limits = replace(g.engine.limits, hands_over=False)  # what it lets finish ends there
             n.groups.pop(g.group.group_id)
             n.ending[g.group.group_id] = g
             self._news(g)

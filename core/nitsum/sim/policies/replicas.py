@@ -70,7 +70,7 @@ def degrees(pool: Pool, nodes: Sequence[Node], tps: Sequence[int], path: str) ->
     least = len(_judged(pool)[0])
     most = {tp: min(pool.budget_gpus // tp, sum(len(n.blocks(tp)) for n in nodes)) for tp in tps}
     if not (found := tuple(tp for tp, n in most.items() if n >= least)):
-        raise InvalidSpec(path, f"{max(most.values())} replicas cannot serve {least} tiers apart")
+        raise InvalidSpec(path, f"{max(most.values(), default=0)} replicas cannot serve {least} tiers apart")
     return found
 
 
