@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Kill:
     tp_size: int
 
 
+FLIPS_MAX = 2
+"""There and back. The planner ends groups with little KV first, so a flip may find no stream to resume."""
 KILLS = [
     Kill(FaultPoint.AGENT_FLIPPING, f"{NODE}.agent", "agents", 1),
     Kill(FaultPoint.OPERATOR_HALF_SENT, "operator", "interactive", 2),
@@ -43,9 +45,9 @@ KILLS = [
 
 
 def folders(system: System, kill: Kill) -> list[Path]:
-    """Where a file `fault` arms a process. Of engines any of the new layout's will do: a flip resumes streams where there are some."""
+    """Where a file `fault` arms a process. Of engines any will do: a flip resumes streams where there are some."""
     if kill.process == "engine":
-        return sorted(system.stage.run_dir.glob(f"*/h/e/default.tiny-tp{kill.tp_size}-*"))
+        return sorted(system.stage.run_dir.glob("*/h/e/default.tiny-tp*"))
     return [system.stage.fault_dir(kill.process)]
 
 
@@ -58,8 +60,8 @@ def note_died(system: System, kill: Kill, where: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def armed(system: System, kill: Kill) -> AsyncIterator[None]:
-    """Fails unless a process died at the point."""
+async def armed(system: System, kill: Kill) -> AsyncIterator[Callable[[], bool]]:
+    """Gives whether a process has died at the point; fails unless one does."""
     places = folders(system, kill)
     assert places, f"nothing to arm for {kill}"
     (places[0] / "fault").write_text(kill.point)
@@ -79,7 +81,7 @@ async def armed(system: System, kill: Kill) -> AsyncIterator[None]:
 
     watching = asyncio.create_task(watch())
     try:
-        yield
+        yield watching.done
         assert watching.done(), f"{kill.process} never came to {kill.point}\n{system.logs()}"
     finally:
         watching.cancel()
@@ -95,8 +97,11 @@ async def test_streams_survive_a_kill(system: System, expected: Expected, kill: 
     there = system.watch.status.get("layout") == layout_of(away[1])
     async with system.client() as client:
         waves = [] if there else await waves_until(system, client, away[0], expected.stop, away[1])
-        async with armed(system, kill):
-            waves += await waves_until(system, client, kill.tier, expected.stop, kill.tp_size)
+        async with armed(system, kill) as fired:
+            for tier, tp_size in ((kill.tier, kill.tp_size), away) * FLIPS_MAX:
+                waves += await waves_until(system, client, tier, expected.stop, tp_size)
+                if fired():
+                    break
     assert_equal(waves, expected, system)
     overlaps = flips.overlaps(system.stage.awake_lines(), system.died)
     assert not overlaps, overlaps
