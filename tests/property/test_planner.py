@@ -14,6 +14,7 @@ from nitsum.demand import TierDemand
 from nitsum.layout import Layout
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, Plan, PlannerSettings, Snapshot, Verdict, exact, greedy
+from nitsum.planner.laid import NEAR
 from nitsum.planner.problem import Answer, Class, Kind, Problem, Want, value
 from nitsum.planner.slow import SlowPlane
 from nitsum.pool import AdaptationMode, Pool, Tier
@@ -139,7 +140,7 @@ def test_demand_and_fleet_scale_together(interactive: float, agents: float, k: i
     knobs = PlannerSettings(headroom_quantile=0.5)
     one = plan(snapshot((pool(budget=8),), fleet(8), knobs=knobs, interactive=interactive, agents=agents), 0.0)
     many = plan(snapshot((pool(budget=8 * k),), fleet(*[8] * k), knobs=knobs, interactive=interactive * k, agents=agents * k), 0.0)
-    assert worth(many, 1.0) >= k * worth(one, 1.0) * (1 - 1e-3)
+    assert worth(many, 1.0) >= k * worth(one, 1.0) * (1 - NEAR)
 
 
 @settings(max_examples=20, deadline=None)
@@ -147,7 +148,7 @@ def test_demand_and_fleet_scale_together(interactive: float, agents: float, k: i
 def test_more_gpus_never_lower_expected_goodput(interactive: float, agents: float, size: int) -> None:
     fewer = plan(snapshot((pool(budget=size),), fleet(size), interactive=interactive, agents=agents), 0.0)
     more = plan(snapshot((pool(budget=size + 1),), fleet(size + 1), interactive=interactive, agents=agents), 0.0)
-    assert worth(more) >= worth(fewer) * (1 - 1e-3)
+    assert worth(more) >= worth(fewer) * (1 - NEAR)
 
 
 def test_the_mix_decides_tp_and_the_reasons_say_why() -> None:
