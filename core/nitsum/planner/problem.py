@@ -255,18 +255,15 @@ def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
 
 SHORT = 0.95
 """A tier of which less is served is short of groups."""
-LACKING = 0.85
-"""A tier of which less than this is served lacks groups so much that a change for it need not pay by score. Nearer to its demand it must:
-else labels go to and fro, as each answer has another tier that is a little short."""
 LESS = 0.5
 """Part of what is lacking that a change must bring, to count for those that are short."""
 
 
 def lack(problem: Problem, answer: Answer) -> float:
-    """Worth of the demand that is not served, of tiers that are short of much of it."""
+    """Worth of the demand that is not served, of tiers that are short."""
     lost = 0.0
     for w in problem.wants:
-        if (got := answer.served[w.pool, w.tier]) < LACKING * w.least:
+        if (got := answer.served[w.pool, w.tier]) < SHORT * w.least:
             reached = max(w.target * w.least - got, 0.0)
             lost += w.weight * (REACH * reached + REST * (w.least - max(got, w.target * w.least)))
     return lost
