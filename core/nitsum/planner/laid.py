@@ -33,7 +33,7 @@ class Laid:
     @cached_property
     def short(self) -> int:
         """Tiers that do not hold."""
-        return sum(a.served[w.pool, w.tier] < w.target * w.rate * (1 - 1e-9) for asked, a in self._real for w in asked.wants)
+        return sum(len(asked.wants) - len(problem.holding(asked, answer)) for asked, answer in self._real)
 
     @cached_property
     def lack(self) -> float:

@@ -253,6 +253,11 @@ def value(problem: Problem, counts: Counts, by: str, note: str = "") -> Answer:
     return Answer(dict(counts), score, served, safe, flows, by, note)
 
 
+def holding(problem: Problem, answer: Answer) -> set[tuple[str, str]]:
+    """(pool, tier) of which the target share of all that is planned for is served."""
+    return {(w.pool, w.tier) for w in problem.wants if answer.served[w.pool, w.tier] >= w.target * w.rate * (1 - 1e-9)}
+
+
 SHORT = 0.95
 """A tier of which less is served is short of groups."""
 LESS = 0.5

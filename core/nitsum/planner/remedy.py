@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from nitsum.planner import greedy
 from nitsum.planner.capacity import Capacity, mark
-from nitsum.planner.problem import Class, Problem
+from nitsum.planner.problem import Class, Problem, holding
 from nitsum.planner.question import PoolQuestion, kinds, sizes_of, wants
 from nitsum.planner.sharing import goal_of
 from nitsum.planner.types import Snapshot
@@ -47,8 +47,8 @@ def _gpus(q: PoolQuestion, snapshot: Snapshot, capacity: Capacity, able: set[str
 
     def enough(gpus: int) -> bool:
         cls = Class(-(-gpus // each), each, frozenset({q.pool.name}), blocks)
-        got = greedy.solve(Problem(tuple(asked), found, (cls,), {q.pool.name: gpus}))
-        return all(got.served[w.pool, w.tier] >= w.target * w.rate * (1 - 1e-9) for w in asked)
+        question = Problem(tuple(asked), found, (cls,), {q.pool.name: gpus})
+        return len(holding(question, greedy.solve(question))) == len(asked)
 
     low, high = tried, tried + 1
     while not enough(high):

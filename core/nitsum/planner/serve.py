@@ -13,7 +13,7 @@ from functools import cached_property
 
 from nitsum.planner import greedy, relabel
 from nitsum.planner.place import Placed, Running, Slot, labelled
-from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, value, wins
+from nitsum.planner.problem import SHORT, Answer, Class, Counts, Kind, Problem, Want, holding, value, wins
 from nitsum.planner.question import PoolQuestion, nearest, wants
 from nitsum.planner.rating import apart, rated, spilled
 from nitsum.planner.split import Shape
@@ -117,7 +117,7 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
         part, k, fewer = min(found)
         tried.add((k, fewer))
         narrower = _without(asked, answer, k, fewer)
-        if part < 0 or (narrower.score >= least and _holds(asked, narrower) >= _holds(asked, answer)):
+        if part < 0 or (narrower.score >= least and holding(asked, narrower) >= holding(asked, answer)):
             answer = narrower
             continue
         (tier,) = asked.kinds[k].members - asked.kinds[fewer].members
@@ -125,7 +125,7 @@ def _narrowed(asked: Problem, answer: Answer) -> Answer:
         if alone is not None and (rate := asked.kinds[alone].rate(tier)) > 0:
             whole = math.ceil(flows.get((k, tier), 0.0) / rate - 1e-9)
             narrower = _without(asked, answer, k, fewer, alone, whole)
-            if 0 < whole < groups[k] and narrower.score >= least and _holds(asked, narrower) >= _holds(asked, answer):
+            if 0 < whole < groups[k] and narrower.score >= least and holding(asked, narrower) >= holding(asked, answer):
                 answer = narrower
 
 
@@ -138,10 +138,6 @@ def _without(asked: Problem, answer: Answer, k: int, fewer: int, alone: int = 0,
         counts[c, fewer if of == k else of] += n - own
         counts[c, alone] += own
     return value(asked, {at: n for at, n in counts.items() if n}, answer.by)
-
-
-def _holds(asked: Problem, answer: Answer) -> set[str]:
-    return {w.tier for w in asked.wants if answer.served[w.pool, w.tier] >= w.target * w.rate * (1 - 1e-9)}
 
 
 def _whole(kinds: tuple[Kind, ...], shape: Shape) -> int | None:
