@@ -9,7 +9,6 @@ processes.Spec(name, command, env, cwd, ready, ready_timeout_s, stop_deadline_s,
 controlplane.ControlPlane(state_dir, binaries)    async with, or start() and stop(); .admin_kubeconfig, .supervisor,
                                                   .client_kubeconfig(service_account, namespace) -> Path (blocks)
 controlplane.api_client(kubeconfig) -> kubernetes ApiClient
-controlplane.free_ports(count) -> list[int]
 install.install_chart(kubeconfig, helm, state_dir, values=None)   async; workloads off, CRDs Established
 install.tls_folder(api, secret, folder) -> Path                   async; waits for the operator's issuer
 install.create_node(api, name, gpus, labels)                      blocks

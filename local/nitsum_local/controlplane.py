@@ -7,7 +7,6 @@ import asyncio
 import base64
 import os
 import signal
-import socket
 import ssl
 import urllib.request
 from collections.abc import Mapping
@@ -20,21 +19,10 @@ from kubernetes import client, config
 from nitsum_local.binaries import use_existing as use_existing
 from nitsum_local.certificates import Authority, write_private, write_service_account_key
 from nitsum_local.processes import Spec, Supervisor
+from nitsum_sglang.testing.ports import free_ports
 
 TOKEN_S = 24 * 3600
 _SERVICE_IPS, _SERVICE_IP = "10.96.0.0/16", "10.96.0.1"
-
-
-def free_ports(count: int) -> list[int]:
-    """Free a moment ago: held together so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
 
 
 def api_client(kubeconfig: Path) -> Any:

@@ -22,7 +22,7 @@ from nitsum_api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from nitsum_api.issue import issue, new_ca
 from nitsum_api.security import Identity, dns_name, secure_channel
 from nitsum_api.types.v1 import types_pb2
-from nitsum_sglang.testing.stock import free_port
+from nitsum_sglang.testing.ports import free_ports
 
 MODEL, NODE = "tiny-llama", "bench"
 MIXED, PREFILL, DECODE = types_pb2.ROLE_MIXED, types_pb2.ROLE_PREFILL, types_pb2.ROLE_DECODE
@@ -42,7 +42,7 @@ class Node:
 
     def __init__(self, folder: Path, model: Path, engines: dict[str, list[str]] = ENGINES) -> None:
         self.folder, self.model, self.engines, self.generation = folder, model, engines, 0
-        self.ports = {name: free_port() for name in ("listen", "control", "agent", "data")}
+        self.ports = dict(zip(("listen", "control", "agent", "data"), free_ports(4), strict=True))
         self.memory_dir = Path("/dev/shm") / f"nitsum-b{os.getpid()}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 

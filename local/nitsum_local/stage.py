@@ -23,6 +23,7 @@ from nitsum_local import existing
 from nitsum_local.controlplane import ControlPlane, api_client
 from nitsum_local.install import NAMESPACE, announce_agent, announce_gateway, create_node, install_chart, local_address, tls_folder
 from nitsum_local.processes import Spec, Supervisor
+from nitsum_sglang.testing.ports import free_ports
 
 ROLES = ("agent", "host", "gateway")
 SHARED_MEMORY = Path("/dev/shm")
@@ -42,18 +43,6 @@ class NodeSpec:
     gpus: int
 
 
-def _free_ports(address: str, count: int) -> list[int]:
-    """Free on `address` a moment ago; held together so that they differ."""
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for s in held:
-            s.bind((address, 0))
-        return [int(s.getsockname()[1]) for s in held]
-    finally:
-        for s in held:
-            s.close()
-
-
 class Stage:
     """`async with Stage(...)`, then the steps in their order. Leaving stops every process and removes sockets and shared memory.
 
@@ -68,8 +57,8 @@ class Stage:
         self.control_plane = ControlPlane(self.state_dir / "cluster", binaries)
         self.supervisor = Supervisor(self.state_dir / "log")
         self.address = local_address()
-        self.gateway_port = _free_ports("127.0.0.1", 1)[0]
-        self.gateway_control_port, *ports = _free_ports(self.address, 1 + 2 * len(self.nodes))
+        self.gateway_port = free_ports(1)[0]
+        self.gateway_control_port, *ports = free_ports(1 + 2 * len(self.nodes), self.address)
         self.node_ports = {n.name: (ports[2 * i], ports[2 * i + 1]) for i, n in enumerate(self.nodes)}
         """(agent, node data port) by node."""
         self.run_dir = Path()

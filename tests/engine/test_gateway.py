@@ -27,7 +27,7 @@ from nitsum_api.node.v1 import node_pb2
 from nitsum_api.security import Identity, secure_channel
 from nitsum_api.types.v1 import types_pb2
 from nitsum_sglang.testing.models import tiny_llama
-from nitsum_sglang.testing.stock import free_port
+from nitsum_sglang.testing.ports import free_ports
 
 from . import hostile
 from .fake_node import FakeNode
@@ -41,7 +41,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)
 
 class Gateway:
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port, self.control_port, self.generation = folder, free_port(), free_port(), 0
+        self.folder, self.generation = folder, 0
+        self.port, self.control_port = free_ports(2)
         ca = new_ca()
         for role in ("operator", "host", "gateway"):
             d = folder / role

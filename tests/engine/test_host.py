@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from nitsum_api.security import Identity, secure_channel
 from nitsum_api.types.v1 import types_pb2
 from nitsum_sglang.remains import running
 from nitsum_sglang.testing.models import tiny_llama
+from nitsum_sglang.testing.ports import free_ports
 
 from .conftest import submit
 
@@ -83,9 +83,7 @@ class Running:
             (folder / role).mkdir()
             for name, data in issue(ca, Identity(role, "t")).items():
                 (folder / role / name).write_bytes(data)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{s.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_ports(1)[0]}"
         argv = [
             "--listen",
             self.address,

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,14 +12,9 @@ from pathlib import Path
 
 import httpx
 
+from nitsum_sglang.testing.ports import free_ports
 from nitsum_sglang.zygote import die_with_parent
 from nitsum_sglang.zygote_client import unserved_modules
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @contextlib.contextmanager
@@ -33,7 +27,7 @@ def stock_server(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, 
 @contextlib.contextmanager
 def stock_starting(model: Path, folder: Path, tp_size: int = 1, extra: tuple[str, ...] = ()) -> Iterator[Callable[[float], str]]:
     """For who has something else to do meanwhile: what it yields waits for that many seconds at most, and returns the URL."""
-    port = free_port()
+    port = free_ports(1)[0]
     env = {
         **os.environ,
         "SGLANG_PLUGINS": "nitsum_cpu",
