@@ -216,7 +216,7 @@ async def test_a_flip_ends_all_places_and_its_way_back_promises_before_it_lets_i
     for engine_id in ("e1-0", "e1-1"):
         w.engine(engine_id).wakes = True
     await w.until(lambda: w.node.groups[P].state == OPEN)
-    assert counts(w) == (1, 2, 0, 1)
+    assert counts(w)[1:] == (2, 0, 1), "one is let in, for the one place; it may have left already"
 
 
 async def test_a_node_that_drains_runs_what_waits(w: World) -> None:
