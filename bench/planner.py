@@ -30,9 +30,10 @@ from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, PlannerSettings, Snapshot, exact, greedy
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
+from nitsum.planner.joint import problem
 from nitsum.planner.place import Slot, place
 from nitsum.planner.problem import Counts, Problem
-from nitsum.planner.question import ask, problem
+from nitsum.planner.question import ask
 from nitsum.planner.slow import SlowPlane
 from nitsum.pool import Pool, Tier
 from nitsum.topology import Gpu, Node

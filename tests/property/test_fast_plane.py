@@ -14,7 +14,8 @@ from nitsum.planner import NodeView, Plan, Snapshot
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import as_placed
 from nitsum.planner.fast import FastPlane
-from nitsum.planner.question import ask, kinds
+from nitsum.planner.kinds import kinds
+from nitsum.planner.question import ask
 from nitsum.planner.serve import serve
 from nitsum.planner.slow import SlowPlane
 from nitsum.pool import Pool, Tier

@@ -14,8 +14,9 @@ from nitsum.demand import TierDemand
 from nitsum.layout import Layout
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, Plan, PlannerSettings, Snapshot, Verdict, exact, greedy
+from nitsum.planner.answer import Answer, value
 from nitsum.planner.laid import NEAR
-from nitsum.planner.problem import Answer, Class, Kind, Problem, Want, value
+from nitsum.planner.problem import Class, Kind, Problem, Want
 from nitsum.planner.slow import SlowPlane
 from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node

@@ -15,7 +15,8 @@ from nitsum.planner.fast import FastPlane
 from nitsum.planner.planes import Planes
 from nitsum.planner.problem import Kind
 from nitsum.planner.question import ask
-from nitsum.planner.slow import SlowPlane, fill
+from nitsum.planner.repair import fill
+from nitsum.planner.slow import SlowPlane
 from nitsum.planner.split import Split
 from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node

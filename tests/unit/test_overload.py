@@ -9,11 +9,13 @@ from nitsum.layout import Group, Layout, TierShare
 from nitsum.perf.memory import worth_residing
 from nitsum.perf.profile import Profile, load_shipped
 from nitsum.planner import NodeView, PlannerSettings, Snapshot, Verdict, limits
+from nitsum.planner.answer import value
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.fast import FastPlane
-from nitsum.planner.problem import Class, Kind, Problem, Want, value
+from nitsum.planner.problem import Class, Kind, Problem, Want
 from nitsum.planner.question import ask
-from nitsum.planner.slow import SlowPlane, gain_asked
+from nitsum.planner.slow import SlowPlane
+from nitsum.planner.steady import gain_asked
 from nitsum.pool import AdaptationMode, Pool, Tier
 from nitsum.topology import Gpu, Node
 

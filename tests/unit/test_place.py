@@ -9,8 +9,9 @@ from nitsum.demand import TierDemand
 from nitsum.layout import FlipMode, Group, Layout, TierShare
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, PlannerSettings, Snapshot
+from nitsum.planner.joint import flip_loss
 from nitsum.planner.place import Placed, Running, Slot, place
-from nitsum.planner.question import ask, flip_loss
+from nitsum.planner.question import ask
 from nitsum.planner.slow import SlowPlane
 from nitsum.pool import Pool, Tier
 from nitsum.residency import Residency, ResidentEngine

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from nitsum.demand import TierDemand
 from nitsum.planner import relabel
-from nitsum.planner.problem import REACH, REST, Answer, Class, Kind, Problem, Want, value
+from nitsum.planner.answer import Answer, value
+from nitsum.planner.problem import REACH, REST, Class, Kind, Problem, Want
 from nitsum.planner.rating import apart, good, met, rated, spilled
 from nitsum.pool import Tier
 

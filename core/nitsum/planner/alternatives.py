@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from nitsum.layout import Role
-from nitsum.planner.problem import Answer, Kind, Problem, value
+from nitsum.planner.answer import Answer, value
+from nitsum.planner.problem import Kind, Problem
 from nitsum.planner.question import PoolQuestion
 from nitsum.planner.rating import apart, rated
 from nitsum.planner.words import describe, goodput

@@ -12,7 +12,8 @@ import numpy as np
 from highspy._core import _Highs
 from scipy.sparse import coo_matrix
 
-from nitsum.planner.problem import PIECES, Answer, Counts, Problem
+from nitsum.planner.answer import Answer
+from nitsum.planner.problem import PIECES, Counts, Problem
 from nitsum.planner.split import Shape
 
 NODES_MAX = 64

@@ -5,7 +5,8 @@ What it changes goes to nodes as any plan does: the operator sends limits that h
 
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
-from nitsum.planner.question import ask, kinds, stale, standing
+from nitsum.planner.kinds import kinds, standing
+from nitsum.planner.question import ask, stale
 from nitsum.planner.serve import serve
 from nitsum.planner.types import Plan, PoolPlan, Snapshot, Verdict
 from nitsum.planner.words import goodput, outlook, profile, told

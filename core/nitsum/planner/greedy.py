@@ -6,7 +6,8 @@ A step adds as many equal groups as earn the same, so the steps are bounded by p
 
 import heapq
 
-from nitsum.planner.problem import Answer, Counts, Problem, value
+from nitsum.planner.answer import Answer, value
+from nitsum.planner.problem import Counts, Problem
 
 STEPS_MAX = 10_000
 

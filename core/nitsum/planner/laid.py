@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from nitsum.planner import problem
-from nitsum.planner.problem import Answer, Problem
+from nitsum.planner.answer import Answer, holding, lack, more
+from nitsum.planner.problem import Problem
 from nitsum.planner.rating import rated, spilled
 from nitsum.planner.serve import Serving
 
@@ -33,15 +33,15 @@ class Laid:
     @cached_property
     def short(self) -> int:
         """Tiers that do not hold."""
-        return sum(len(asked.wants) - len(problem.holding(asked, answer)) for asked, answer in self._real)
+        return sum(len(asked.wants) - len(holding(asked, answer)) for asked, answer in self._real)
 
     @cached_property
     def lack(self) -> float:
-        return sum(problem.lack(asked, answer) for asked, answer in self._real)
+        return sum(lack(asked, answer) for asked, answer in self._real)
 
     def wins(self, stays: "Laid", gain_min: float) -> bool:
-        """As `problem.wins`."""
-        return problem.more(self.score, stays.score, gain_min, stays.lack, self.lack)
+        """As `answer.wins`."""
+        return more(self.score, stays.score, gain_min, stays.lack, self.lack)
 
 
 def best(options: Iterable[Laid]) -> Laid | None:

@@ -7,7 +7,8 @@ just reach their shares from one where hardly a request misses: that is told her
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from nitsum.planner.problem import Answer, Kind, Problem
+from nitsum.planner.answer import Answer
+from nitsum.planner.problem import Kind, Problem
 
 
 def met(kind: Kind, used: float, tier: str) -> float:

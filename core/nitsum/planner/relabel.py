@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from nitsum.demand import TierDemand
+from nitsum.planner.answer import Answer
 from nitsum.planner.ending import life_s
-from nitsum.planner.problem import REACH, Answer, Problem
+from nitsum.planner.problem import REACH, Problem
 from nitsum.pool import Tier
 
 LASTS_S = 120.0

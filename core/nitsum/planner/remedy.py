@@ -4,9 +4,11 @@ import math
 from dataclasses import replace
 
 from nitsum.planner import greedy
+from nitsum.planner.answer import holding
 from nitsum.planner.capacity import Capacity, mark
-from nitsum.planner.problem import Class, Problem, holding
-from nitsum.planner.question import PoolQuestion, kinds, sizes_of, wants
+from nitsum.planner.kinds import kinds, sizes_of
+from nitsum.planner.problem import Class, Problem
+from nitsum.planner.question import PoolQuestion, wants
 from nitsum.planner.sharing import goal_of
 from nitsum.planner.types import Snapshot
 from nitsum.pool import Tier

@@ -12,66 +12,27 @@
 """
 
 from collections import ChainMap
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from nitsum.planner import exact, greedy, laid
 from nitsum.planner.alternatives import alternatives
+from nitsum.planner.answer import Answer, value, wins
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
+from nitsum.planner.joint import counts_of, flip_loss, problem
+from nitsum.planner.kinds import kinds, standing
 from nitsum.planner.laid import Laid
 from nitsum.planner.place import Placed, Running, Slot, place
-from nitsum.planner.problem import Answer, Counts, Kind, Problem, value, wins
-from nitsum.planner.question import PoolQuestion, ask, counts_of, flip_loss, kinds, problem, stale, standing
+from nitsum.planner.problem import Counts, Kind, Problem
+from nitsum.planner.question import PoolQuestion, ask, stale
 from nitsum.planner.rating import apart, rated
+from nitsum.planner.reasons import pool_plan
+from nitsum.planner.repair import fill, repaired
 from nitsum.planner.serve import Serving, as_kinds, relabelled, serve
+from nitsum.planner.steady import dwell, gain_asked, hold
 from nitsum.planner.types import NodeView, Plan, PoolPlan, Snapshot, Verdict
-from nitsum.planner.words import crowded, describe, goodput, outlook, parts, profile, shape, told
+from nitsum.planner.words import goodput, outlook, profile, shape, told
 from nitsum.pool import AdaptationMode
-
-STEADY = 0.4
-DWELL_MAX = 10
-"""Multiple of the expected dwell: a layout that has stood for longer than that says no more about the next one."""
-DWELL_MIN = 1.0
-"""Seconds; whatever is set, a pause is weighed against some time."""
-STALE = "no fresh demand report: the last safe layout stays"
-
-
-def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
-    """Why the pool must keep its layout now; empty: it may change."""
-    settings = snapshot.settings
-    if not q.running:
-        return ""
-    if stale(q.pool.name, snapshot, now):
-        return STALE
-    mine = {key[1] for key in q.running}
-    if any(n.flipping for n in q.nodes if n.node.agent_id in mine) or any(d.frozen for d in snapshot.demand if d.pool == q.pool.name):
-        return "a flip is running"
-    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
-    if flipped and now - max(flipped) < settings.cooldown_s:
-        return f"cooling down for {settings.cooldown_s:g} s after the last flip"
-    return ""
-
-
-def stood(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
-    """Seconds since the pool's last flip; of one that never flipped nothing is known but that it is over."""
-    mine = {key[1] for key in q.running}
-    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
-    return now - max(flipped) if flipped else 2 * snapshot.settings.dwell_s
-
-
-def dwell(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
-    """Seconds that the next layout is expected to last: as long as the last one has, within bounds."""
-    least = max(snapshot.settings.dwell_s, DWELL_MIN)
-    return min(max(stood(q, snapshot, now), least), DWELL_MAX * least)
-
-
-def gain_asked(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
-    """The least relative gain of a change: `gain_min` at first, STEADY of it where a layout has stood for twice the dwell that is expected
-    after a flip, so that what is a little better for long does not stay out of reach."""
-    settings = snapshot.settings
-    steady = min(stood(q, snapshot, now) / (2 * settings.dwell_s), 1.0) if settings.dwell_s > 0 else 1.0
-    return settings.gain_min * (1 - (1 - STEADY) * steady)
 
 
 @dataclass(frozen=True)
@@ -146,7 +107,7 @@ class SlowPlane:
         placed = fill([q], placed, used - ended, found, max(p.widest for p in placed))
         used |= {g.uuid for p in placed for g in p.gpus}
         serving = self._flowing(serve(q, self._seen(q, placed, snapshot, found), placed, settings.gain_min))
-        reasons, would = [profile(q, snapshot), *_repaired(q, placed)], False
+        reasons, would = [profile(q, snapshot), *repaired(q, placed)], False
         rejected: tuple[str, ...] = ()
         if not why:
             own = frozenset(g.uuid for p in placed for g in p.gpus)
@@ -263,68 +224,11 @@ class SlowPlane:
         decided = []
         for q, serving in zip(moves, result.servings, strict=True):
             answers, lasts = (c.current, c.base, best, result.answer), dwell(q, snapshot, now)
-            plan = _plan(q, snapshot, c.asked, serving, answers, change, c.gain_min, lasts)
+            plan = pool_plan(q, snapshot, c.asked, serving, answers, change, c.gain_min, lasts)
             if change:
                 plan = replace(plan, rejected=(*plan.rejected, *alternatives(c.asked, best, told(serving.placed), q, greedy.solve)))
             decided.append(Decided(q, serving.placed, serving, plan))
         return decided
-
-
-def _repaired(q: PoolQuestion, placed: Iterable[Placed]) -> list[str]:
-    after = list(placed)
-    if {p.key for p in after} == set(q.had) or not q.had:
-        return []
-    return [f"what it may use changed: {describe(parts(q.had))} -> {told(after)}"]
-
-
-def _plan(
-    q: PoolQuestion,
-    snapshot: Snapshot,
-    asked: Problem,
-    serving: Serving,
-    answers: tuple[Answer, Answer, Answer, Answer],
-    change: bool,
-    gain_min: float,
-    lasts: float,
-) -> PoolPlan:
-    """Reasons of a pool that could change. `lasts`: seconds that the plan counts on for its layout."""
-    current, base, best, answer = answers
-    name = q.pool.name
-    if not serving.placed and not q.had:
-        return PoolPlan(name, 0, 0.0, (), (crowded(q, snapshot),), verdict=Verdict.BLOCKED)
-    was, will = describe(parts(q.running)), told(serving.placed)
-    same = {p.key for p in serving.placed} == set(q.running)
-    reasons = [profile(q, snapshot), *([best.note] if best.note else [])]
-    before, after = goodput(q, asked, current), goodput(q, asked, answer)
-    if q.had and set(q.running) != set(q.had):
-        reasons.append(f"what it may use changed: {describe(parts(q.had))} -> {was}")
-    if q.had and not q.running:
-        reasons.append(f"nothing that runs fits the spec or the GPUs any more: {will}")
-    elif not q.running:
-        reasons.append(f"first layout: {will}")
-    elif same:
-        other = asked.widths(best.counts) != asked.widths(base.counts)
-        gain = best.score / base.score - 1 if other and base.score > 0 else 0.0
-        reasons.append(f"{was} stays: the best other shape gains {max(gain, 0):.0%}, {gain_min:.1%} is asked")
-    elif not change:
-        reasons.append(f"its GPUs changed: {was} -> {will}")
-    else:
-        worth = "" if after > before else f", but {base.score:.2f} -> {best.score:.2f} by target and weight"
-        reasons.append(f"{was} -> {will}: expected goodput {before:.2f} -> {after:.2f} requests/s{worth}, expected to last {lasts:.0f} s")
-    rejected = []
-    if change and q.running:
-        rejected.append(f"{was} as it runs: expected goodput {before:.2f} requests/s, score {base.score:.2f} against {best.score:.2f}")
-    stands = asked.widths(base.counts)
-    # Fewer groups, or other labels, would switch nothing.
-    if not change and any(n > stands.get(key, 0) for key, n in asked.widths(best.counts).items() if key[1] == name):
-        rejected.append(
-            f"{shape(asked, best.counts, name)}: expected goodput {goodput(q, asked, best):.2f} requests/s, not worth the switch"
-        )
-    verdict = Verdict.KEEP if {p.key for p in serving.placed} == set(q.had) else Verdict.CHANGE
-    gpus = sum(len(p.gpus) for p in serving.placed)
-    return PoolPlan(
-        name, gpus, goodput(q, serving.asked, serving.answer), outlook(q, asked.kinds, serving), tuple(reasons), tuple(rejected), verdict
-    )
 
 
 def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], running: Running, barred: frozenset[str]) -> list[Placed] | None:
@@ -341,29 +245,6 @@ def _placed(asked: Problem, counts: Counts, members: list[list[NodeView]], runni
             return None
         found += part
     return found
-
-
-def fill(
-    questions: list[PoolQuestion], placed: list[Placed], barred: set[str], found: tuple[Kind, ...], widest: int = 1 << 30
-) -> list[Placed]:
-    """GPUs that nothing uses: groups of the width at which a GPU serves most of the strictest tier (the smallest where there is no SLO),
-    within the budget, for every tier."""
-    used = barred | {g.uuid for p in placed for g in p.gpus}
-    result = list(placed)
-    for q in questions:
-        left = q.budget - sum(len(p.gpus) for p in result if p.pool == q.pool.name)
-        tiers = tuple(t.name for t in q.slo_tiers)
-        each = {
-            k.tp_size: k.rates[0] / k.tp_size for k in found if k.pool == q.pool.name and k.tiers == tiers[:1] and tiers and k.split is None
-        }
-        for tp_size in sorted((t for t in q.tps if t <= widest), key=lambda t: (-each.get(t, 0.0), -t if tiers else t)):
-            for n in q.nodes if tp_size <= left else ():
-                for block in n.node.blocks(tp_size):
-                    if tp_size <= left and not used & {g.uuid for g in block}:
-                        used |= {g.uuid for g in block}
-                        left -= tp_size
-                        result.append(Placed(q.pool.name, n.node.agent_id, block, tiers))
-    return sorted(result, key=lambda p: p.key)
 
 
 def _score(asked: Problem, answer: Answer, pool: str) -> float:

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from nitsum.layout import ORDER, Role, sort_of
+from nitsum.planner.answer import Answer
 from nitsum.planner.place import Key, Placed
-from nitsum.planner.problem import Answer, Counts, Kind, Problem
+from nitsum.planner.problem import Counts, Kind, Problem
 from nitsum.planner.question import PoolQuestion
 from nitsum.planner.rating import good
 from nitsum.planner.serve import Serving

@@ -10,8 +10,9 @@ from nitsum.objective import mixture, strictest
 from nitsum.planner import Plan, PoolPlan, Snapshot
 from nitsum.planner.capacity import Capacity
 from nitsum.planner.compose import Decided, as_placed, compose
+from nitsum.planner.kinds import kinds, standing
 from nitsum.planner.limits import Block
-from nitsum.planner.question import PoolQuestion, ask, kinds, standing
+from nitsum.planner.question import PoolQuestion, ask
 from nitsum.planner.serve import as_labelled
 from nitsum.planner.split import Split
 
