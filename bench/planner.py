@@ -48,7 +48,7 @@ Took = dict[str, list[float]]
 
 def fleet(gpus: int) -> tuple[NodeView, ...]:
     return tuple(
-        NodeView(Node(f"a{i}", tuple(Gpu(j, f"a{i}-{j}", "h100_sxm") for j in range(8)), legal_tp={MODEL: (1, 2, 4, 8)}), reported_at=0.0)
+        NodeView(Node(f"a{i}", tuple(Gpu(j, f"a{i}-{j}", "h100_sxm") for j in range(8)), legal_tp={MODEL: (1, 2, 4, 8)}))
         for i in range(gpus // 8)
     )
 

@@ -51,7 +51,7 @@ def command(
     types = hardware.gpu_types(fleet)
     hardware.fleet(fleet, pool.model, ())
     times = read_profile(profile, pool, types)
-    nodes = tuple(NodeView(n, reported_at=0.0) for n in hardware.fleet(fleet, pool.model, times.tp_sizes))
+    nodes = tuple(NodeView(n) for n in hardware.fleet(fleet, pool.model, times.tp_sizes))
     context = int(model.context_length or getattr(times, "context_length", 0) or 0)
     asked = read_demand(demand_path, workload_path, pool, context)
     settings = PlannerSettings(headroom_quantile=headroom)

@@ -63,7 +63,6 @@ def snapshot(
                 residency_of(agent.report),
                 layout,
                 {r.group.group_id: r.load.resident_tokens for r in agent.report.groups},
-                agent.report.observed_at.ToNanoseconds() / 1e9,
                 flipping,
                 usable and (agent.leaving or not agent.cordoned) and not any(g.pool in carried for g in layout.groups),
                 last_flip_at.get(agent_id),

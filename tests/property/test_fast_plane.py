@@ -31,8 +31,7 @@ def pool(budget: int, tiers: tuple[Tier, ...] = TIERS) -> Pool:
 
 def fleet(nodes: int, gpus: int = 8) -> tuple[NodeView, ...]:
     return tuple(
-        NodeView(Node(f"a{i:03}", tuple(Gpu(j, f"a{i}-{j}") for j in range(gpus)), legal_tp={"llama": (1, 2, 4, 8)}), reported_at=0.0)
-        for i in range(nodes)
+        NodeView(Node(f"a{i:03}", tuple(Gpu(j, f"a{i}-{j}") for j in range(gpus)), legal_tp={"llama": (1, 2, 4, 8)})) for i in range(nodes)
     )
 
 

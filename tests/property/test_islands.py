@@ -22,7 +22,7 @@ def node(*islands: int) -> NodeView:
     """`islands`: how many GPUs each has, side by side."""
     of = [i for i, n in enumerate(islands) for _ in range(n)]
     gpus = tuple(Gpu(j, f"g{j}", island=island) for j, island in enumerate(of))
-    return NodeView(Node("a", gpus, legal_tp={"llama": (1, 2, 4, 8)}), reported_at=0.0)
+    return NodeView(Node("a", gpus, legal_tp={"llama": (1, 2, 4, 8)}))
 
 
 def planned(view: NodeView, *tiers: Tier, **rates: float) -> Plan:

@@ -28,7 +28,7 @@ POOLS = (Pool("default/a", "ua", "llama", TIERS, 10), Pool("default/b", "ub", "l
 def fleet(*sizes: int) -> tuple[NodeView, ...]:
     """Two islands on each: of four GPUs, and of the rest."""
     return tuple(
-        NodeView(Node(f"n{i}", tuple(Gpu(j, f"n{i}-{j}", island=j // 4) for j in range(n)), legal_tp={"llama": (1, 2, 4)}), reported_at=0.0)
+        NodeView(Node(f"n{i}", tuple(Gpu(j, f"n{i}-{j}", island=j // 4) for j in range(n)), legal_tp={"llama": (1, 2, 4)}))
         for i, n in enumerate(sizes)
     )
 

@@ -34,8 +34,7 @@ def pool(
 
 def fleet(*sizes: int, tps: tuple[int, ...] = (1, 2, 4, 8)) -> tuple[NodeView, ...]:
     return tuple(
-        NodeView(Node(f"a{i}", tuple(Gpu(j, f"a{i}-{j}") for j in range(n)), legal_tp={"tiny-llama": tps}), reported_at=0.0)
-        for i, n in enumerate(sizes)
+        NodeView(Node(f"a{i}", tuple(Gpu(j, f"a{i}-{j}") for j in range(n)), legal_tp={"tiny-llama": tps})) for i, n in enumerate(sizes)
     )
 
 

@@ -33,8 +33,7 @@ def pool(name: str = "default/chat", budget: int = 8, *tiers: Tier, **fields: ob
 
 def fleet(*sizes: int) -> tuple[NodeView, ...]:
     return tuple(
-        NodeView(Node(f"a{i}", tuple(Gpu(j, f"a{i}-{j}") for j in range(n)), legal_tp={"llama": (1, 2, 4, 8)}), reported_at=0.0)
-        for i, n in enumerate(sizes)
+        NodeView(Node(f"a{i}", tuple(Gpu(j, f"a{i}-{j}") for j in range(n)), legal_tp={"llama": (1, 2, 4, 8)})) for i, n in enumerate(sizes)
     )
 
 

@@ -29,7 +29,7 @@ plan = SlowPlane(governed=True)
 
 def taken(rates: tuple[float, ...], gpus: int, nodes: int, quantile: float = 0.9, stddev: float = 0.1) -> Snapshot:
     pool = Pool("default/llama", "u", PROFILE.model, TIERS, gpus)
-    views = tuple(NodeView(n, reported_at=0.0) for n in hardware.fleet(f"{nodes}x8:h100_sxm", PROFILE.model, PROFILE.tp_sizes))
+    views = tuple(NodeView(n) for n in hardware.fleet(f"{nodes}x8:h100_sxm", PROFILE.model, PROFILE.tp_sizes))
     demand = tuple(
         TierDemand(
             pool.name,

@@ -51,7 +51,7 @@ def flips(before: dict[str, int], after: dict[str, int], nodes: int) -> list[int
             ends = {g.engine_id for g in v.layout.groups} - {g.engine_id for g in wanted.layout.groups}
             found += [second] * bool(ends)
             at = now if ends else v.last_flip_at
-            changed.append(replace(v, residency=wanted.residency, layout=wanted.layout, last_flip_at=at, reported_at=now))
+            changed.append(replace(v, residency=wanted.residency, layout=wanted.layout, last_flip_at=at))
         views = tuple(changed)
     return found
 

@@ -94,7 +94,7 @@ def flipping(at: set[int], cap: int, lost: frozenset[int] = frozenset()) -> list
         name = f"default/p{i}"
         layout = Layout(tuple(replace(group(f"default.p{i}-tp1-{j}", (j,), name), gpu_uuids=(f"{i}-{j}",)) for j in range(2)))
         node = Node(f"n{i}", tuple(Gpu(j, f"{i}-{j}") for j in range(2)), (("pool", f"{i}"),), legal_tp={"tiny-llama": (1, 2)})
-        nodes.append(NodeView(node, layout=layout, reported_at=0.0, flipping=i in at, schedulable=i not in lost))
+        nodes.append(NodeView(node, layout=layout, flipping=i in at, schedulable=i not in lost))
         pools.append(Pool(name, f"u{i}", "tiny-llama", tiers, 2, node_selector=(("pool", f"{i}"),)))
         demand.append(TierDemand(name, "t", 0.3, 0.03, prompt_tokens_mean=60, output_tokens_mean=64))
     names = [p.name for p in pools]

@@ -46,7 +46,7 @@ def running(*widths: int) -> NodeView:
         uuids = tuple(f"g{i}" for i in range(first, first + tp))
         groups.append(Group(name, name, "default/p", "m", tp, uuids, shares=(TierShare("strict", 0.9), TierShare("long", 0.1))))
         first += tp
-    return NodeView(NODE, layout=Layout(tuple(groups)), reported_at=0.0)
+    return NodeView(NODE, layout=Layout(tuple(groups)))
 
 
 def test_what_comes_of_a_tier_that_gets_hardly_any_capacity_goes_to_one_group_and_is_capped_there() -> None:
@@ -73,9 +73,7 @@ def test_a_tp_whose_weights_take_the_others_kv_is_not_resident(name: str, kept: 
     assert worth_residing(profile, (1, 2, 4, 8)) == kept
     assert worth_residing(profile, (1,)) == (1,), "the only one is kept"
     demand = (TierDemand("default/p", "strict", 5.0, 1.0, 1.0, 500, 0.8, 100, 0.8, observed_at=0.0),)
-    plan = SlowPlane(capacity=Capacity(governed=True))(
-        snapshot((replace(STRICT, tpot_ms=40.0),), demand, NodeView(NODE, reported_at=0.0), profile), 0.0
-    )
+    plan = SlowPlane(capacity=Capacity(governed=True))(snapshot((replace(STRICT, tpot_ms=40.0),), demand, NodeView(NODE), profile), 0.0)
     assert {e.tp_size for e in plan.nodes[0].residency.engines} == set(kept)
     assert ("not kept resident" in " ".join(plan.pools[0].reasons)) == (kept != (1, 2, 4, 8))
 
@@ -95,7 +93,7 @@ def test_what_is_asked_of_a_change_falls_with_the_time_that_a_layout_has_stood()
 def test_what_an_active_pool_would_not_do_an_advisory_one_does_not_say_that_it_would() -> None:
     """Idle GPUs are no change: 8xTP1 would become the fewest groups that the little demand there is needs."""
     demand = tuple(TierDemand("default/p", t, 0.0, observed_at=0.0) for t in ("strict", "long"))
-    slow, view = SlowPlane(governed=True), NodeView(NODE, reported_at=0.0)
+    slow, view = SlowPlane(governed=True), NodeView(NODE)
     for _ in range(2):
         (node,) = slow(snapshot((STRICT, LONG), demand, view), 0.0).nodes
         view = replace(view, layout=node.layout, residency=node.residency)

@@ -34,7 +34,7 @@ def node(agent_id: str, *tokens: int, tp: int = 1, pool: str = "default/chat", g
         for b, _ in zip(of.blocks(tp), tokens, strict=False)
     )
     held = {g.group_id: n for g, n in zip(groups, tokens, strict=True)}
-    return NodeView(of, Residency(warm), Layout(groups), held, reported_at=0.0)
+    return NodeView(of, Residency(warm), Layout(groups), held)
 
 
 def running(*nodes: NodeView) -> Running:

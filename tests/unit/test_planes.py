@@ -32,7 +32,7 @@ OTHER_GROUP = {
     "shares": (TierShare("x", 0.5),),
     "capacity": Capacity(max_queued=7),
 }
-NODE = NodeView(Node("a", tuple(Gpu(i, f"g{i}") for i in range(8)), legal_tp={"llama": (1, 2, 4, 8)}), reported_at=0.0)
+NODE = NodeView(Node("a", tuple(Gpu(i, f"g{i}") for i in range(8)), legal_tp={"llama": (1, 2, 4, 8)}))
 
 
 def taken(node: NodeView, at: float, pool: Pool = POOL, model: object = H100, **rates: float) -> Snapshot:

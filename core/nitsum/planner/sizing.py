@@ -68,7 +68,6 @@ def _planned(q: Question, budget: int, planner: Planner) -> Need:
                 q.pool.node_selector,
                 legal_tp={q.pool.model: q.times.tp_sizes},
             ),
-            reported_at=0.0,
         )
         for i in range(count)
     )

@@ -14,7 +14,7 @@ from nitsum.topology import Node
 
 @dataclass(frozen=True)
 class NodeView:
-    """A node and what runs on it, as its agent last reported. `reported_at` None: never heard of."""
+    """A node and what runs on it, as its agent last reported.."""
 
     node: Node
     residency: Residency = Residency()
@@ -22,7 +22,6 @@ class NodeView:
     layout: Layout = Layout()
     resident_tokens: dict[str, int] = field(default_factory=dict)
     """By group id: KV tokens of running streams; what a flip of it would move."""
-    reported_at: float | None = None
     flipping: bool = False
     schedulable: bool = True
     """False: lost, cordoned or draining. What it has stays as it is, and its GPUs still count against budgets."""
