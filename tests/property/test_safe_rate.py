@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nitsum.attainment import Goal, Group, Lengths, Safe, safe
+from nitsum.attainment import Goal, Group, Lengths, Safe, safe, steady
 from nitsum.perf.profile import load_shipped
 
 MODELS = [load_shipped(name) for name in ("llama-3.1-8b-instruct.h100_sxm", "qwen3-32b.h100_sxm")]
@@ -14,31 +14,32 @@ SHAPES = (((1000, 0.8), (200, 0.8)), ((4000, 1.2), (400, 0.15)), ((200, 0), (30,
 GOALS = (Goal(300, 12, 0.95), Goal(1000, 40, 0.9), Goal(None, 30, 0.95), Goal(800, None, 0.99), Goal(1000, 20, 0.95, 300))
 
 
-class Bisected(Group):
+def bisected(rate: float, decode: float, work: float, fixed: float) -> tuple[float, float]:
     """The share of prefill steps by bisection alone, far more finely than needed."""
-
-    def _steps(self, rate: float, decode: float, work: float, fixed: float) -> tuple[float, float]:
-        if not fixed:
-            return rate, max(1 - rate * work, 0.0) / decode
-        low, high = 0.0, rate
-        for _ in range(40):
-            steps = (low + high) / 2
-            free = max(1 - rate * work - steps * fixed, 0.0) / decode
-            lasting = fixed + work * rate / steps
-            less = steps < free * (1 - math.exp(-rate * decode)) * math.exp(min(rate * lasting, 50.0))
-            low, high = (steps, high) if less else (low, steps)
-        return high, max(1 - rate * work - high * fixed, 0.0) / decode
+    if not fixed:
+        return rate, max(1 - rate * work, 0.0) / decode
+    low, high = 0.0, rate
+    for _ in range(40):
+        steps = (low + high) / 2
+        free = max(1 - rate * work - steps * fixed, 0.0) / decode
+        lasting = fixed + work * rate / steps
+        less = steps < free * (1 - math.exp(-rate * decode)) * math.exp(min(rate * lasting, 50.0))
+        low, high = (steps, high) if less else (low, steps)
+    return high, max(1 - rate * work - high * fixed, 0.0) / decode
 
 
-def group(of: type[Group], model: int, tp_size: int, shape: int, governed: bool, crowd: int, dispersion: float) -> Group:
+def group(model: int, tp_size: int, shape: int, governed: bool, crowd: int, dispersion: float) -> Group:
     prompt, output = (Lengths(*pair) for pair in SHAPES[shape])
-    return of(MODELS[model], tp_size, prompt, output, dispersion, governed, Lengths(300, 0.8), RESIDENT, crowd)
+    return Group(MODELS[model], tp_size, prompt, output, dispersion, governed, Lengths(300, 0.8), RESIDENT, crowd)
 
 
 @pytest.mark.parametrize(("model", "tp_size", "shape"), list(itertools.product((0, 1), (1, 4), (0, 1, 2))))
-def test_safe_rates_are_those_of_bisection(model: int, tp_size: int, shape: int) -> None:
+def test_safe_rates_are_those_of_bisection(monkeypatch: pytest.MonkeyPatch, model: int, tp_size: int, shape: int) -> None:
     for goal, crowd in itertools.product(GOALS, (1, 8)):
-        quick, sought = (safe(group(of, model, tp_size, shape, False, crowd, 2.0), goal) for of in (Group, Bisected))
+        quick = safe(group(model, tp_size, shape, False, crowd, 2.0), goal)
+        with monkeypatch.context() as m:
+            m.setattr(steady, "steps", bisected)
+            sought = safe(group(model, tp_size, shape, False, crowd, 2.0), goal)
         assert quick.rate == pytest.approx(sought.rate, rel=0.01)
         assert quick.binding == sought.binding
         assert quick.batch == pytest.approx(sought.batch, rel=0.05, abs=1)
@@ -50,10 +51,10 @@ def test_what_goals_share_changes_none_of_them(governed: bool) -> None:
     asked = list(itertools.product(GOALS, (1, 8), (1.0, 2.25)))
 
     def fresh(goal: Goal, crowd: int, dispersion: float) -> Safe:
-        return safe(group(Group, 0, 2, 0, governed, crowd, dispersion), goal)
+        return safe(group(0, 2, 0, governed, crowd, dispersion), goal)
 
     for order in (asked, asked[::-1]):
-        engine = group(Group, 0, 2, 0, governed, 1, 1.0)
+        engine = group(0, 2, 0, governed, 1, 1.0)
         for goal, crowd, dispersion in order:
             assert safe(engine.among(crowd, dispersion, Lengths(300, 0.8)), goal) == fresh(goal, crowd, dispersion)
 
