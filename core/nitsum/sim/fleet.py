@@ -362,7 +362,7 @@ class Fleet:
 
     def _view(self, n: _Node) -> NodeView:
         tokens = {g.group.group_id: g.engine.resident_at(self.now) for g in (*n.groups.values(), *n.ending.values())}
-        return NodeView(n.node, n.residency, n.layout, tokens, self.now, n.wanted is not None, True, n.flipped_at)
+        return NodeView(n.node, n.residency, n.layout, tokens, n.wanted is not None, True, n.flipped_at)
 
     def _expire(self, g: SimGroup) -> None:
         for e in g.ledger.expire(self.now):
