@@ -12,7 +12,7 @@ from nitsum.layout import FlipMode
 from nitsum.perf.profile import Profile, load_shipped
 from nitsum.planner import NodeView, Plan, Snapshot
 from nitsum.planner.capacity import Capacity
-from nitsum.planner.compose import as_placed
+from nitsum.planner.decided import as_placed
 from nitsum.planner.fast import FastPlane
 from nitsum.planner.kinds import kinds
 from nitsum.planner.question import ask

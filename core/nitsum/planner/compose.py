@@ -5,111 +5,28 @@ until it is gone, so what it gets elsewhere waits for the next plan where both t
 """
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nitsum.layout import Capacity as Limits
 from nitsum.layout import Group, Layout, Role, TierShare
+from nitsum.planner.affordable import affordable
 from nitsum.planner.capacity import Capacity
+from nitsum.planner.decided import Decided
 from nitsum.planner.ending import Ending, Ends, mean_life_s, of_node
 from nitsum.planner.limits import limits_of
-from nitsum.planner.place import Key, Placed
-from nitsum.planner.question import PoolQuestion
-from nitsum.planner.serve import Serving
+from nitsum.planner.place import Placed
 from nitsum.planner.split import Split
-from nitsum.planner.types import NodePlan, NodeView, Plan, PoolPlan, Snapshot
-from nitsum.residency import Residency, ResidentEngine
+from nitsum.planner.types import NodePlan, NodeView, Plan, Snapshot
+from nitsum.planner.warm import engine_id, residency_of, still
 
 Known = dict[tuple[str, int, tuple[str, ...], Role, Split | None], tuple[tuple[TierShare, ...], Limits]]
 """Shares and limits of groups alike."""
 
 
-@dataclass(frozen=True)
-class Decided:
-    """Of one pool. `serving` None: nothing about its groups can be computed now. `asleep`: demand is not known, limits stay."""
-
-    q: PoolQuestion
-    placed: tuple[Placed, ...]
-    serving: Serving | None
-    plan: PoolPlan
-    asleep: bool = False
-
-
-def as_placed(q: PoolQuestion, nodes: Iterable[NodeView] | None = None) -> list[Placed]:
-    """What runs of a pool; `nodes`: other than those it may use."""
-    gpus = {g.uuid: g for n in (q.nodes if nodes is None else nodes) for g in n.node.gpus}
-    return [
-        Placed(p, a, tuple(gpus[u] for u in uuids), tiers, split)
-        for (p, a, uuids, split), tiers in sorted(q.running.items(), key=lambda of: of[0][:3])
-        if all(u in gpus for u in uuids)
-    ]
-
-
-def engine_id(q: PoolQuestion, first_index: int, tp_size: int) -> str:
-    return f"{_prefix(q.pool.name)}{tp_size}-{first_index}{q.mark}"
-
-
-def _prefix(pool: str) -> str:
-    return f"{pool.replace('/', '.')[:80]}-tp"
-
-
-class _Budget:
-    """Of one pool, while nodes change one by one. On one node what ends does so before what comes wakes, so there the larger of the two
-    counts; between nodes both do."""
-
-    def __init__(self, d: Decided, snapshot: Snapshot) -> None:
-        name = d.q.pool.name
-        self.before = {n.node.agent_id: {g.gpu_uuids: g.tp_size for g in n.layout.groups if g.pool == name} for n in snapshot.nodes}
-        self.held = {a: sum(groups.values()) for a, groups in self.before.items()}
-        self.most = d.q.pool.budget_gpus - len(set(snapshot.holds.get(name, ())))
-        self.total, self.after = sum(self.held.values()), dict.fromkeys(self.held, 0)
-
-    def take(self, p: Placed) -> bool:
-        new = self.after[p.agent_id] + len(p.gpus)
-        more = max(new - max(self.held[p.agent_id], self.after[p.agent_id]), 0)
-        if more and self.total + more > self.most:
-            return False
-        self.after[p.agent_id], self.total = new, self.total + more
-        return True
-
-
-def _groups(placed: Iterable[Placed]) -> list[Placed]:
-    return [group for p in placed for group in p.groups()]
-
-
-def _affordable(decided: list[Decided], snapshot: Snapshot) -> tuple[list[Decided], dict[str, list[Placed]], set[Key]]:
-    """What may come in this plan, group by group; by pool what must wait for the next one; and groups that stay as they are until then,
-    since they would end now and nothing would follow."""
-    found, waiting, stays = [], dict[str, list[Placed]](), set[Key]()
-    budgets = {d.q.pool.name: _Budget(d, snapshot) for d in decided}
-    for d in decided:
-        budget = budgets[d.q.pool.name]
-        ordered = sorted(_groups(d.placed), key=lambda p: (p.key[2] not in budget.before[p.agent_id], p.key))
-        taken = [p for p in ordered if budget.take(p)]
-        if len(taken) < len(ordered):
-            kept = {p.key for p in taken}
-            waiting[d.q.pool.name] = [p for p in ordered if p.key not in kept]
-        found.append(replace(d, placed=tuple(taken)))
-    if not waiting:
-        return found, waiting, stays
-    used = {u for d in found for p in d.placed for u in p.key[2]}
-    for i, d in enumerate(found):
-        nodes = {p.agent_id for p in waiting.get(d.q.pool.name, ())}
-        mine = []
-        for p in _groups(as_placed(d.q)) if nodes else ():
-            if p.agent_id in nodes and not used & set(p.key[2]) and budgets[d.q.pool.name].take(p):
-                used |= set(p.key[2])
-                mine.append(p)
-        if mine:
-            stays |= {p.key for p in mine}
-            found[i] = replace(d, placed=(*d.placed, *mine))
-    return found, waiting, stays
-
-
 def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resident: bool = True) -> Plan:
     """`resident` False: which engines are warm stays as it is."""
     names = {p.name for p in snapshot.pools}
-    decided, waiting, stays = _affordable(decided, snapshot)
+    decided, waiting, stays = affordable(decided, snapshot)
     by_node: dict[str, list[tuple[Decided, Placed]]] = {n.node.agent_id: [] for n in snapshot.nodes}
     for d in decided:
         for p in d.placed:
@@ -137,9 +54,9 @@ def compose(decided: list[Decided], snapshot: Snapshot, capacity: Capacity, resi
             else _group(d, p, runs[agent_id].get((p.pool, p.key[2])), snapshot, limits, capacity)
             for d, p in by_node[agent_id]
         ]
-        residency = _residency(by_node[agent_id], n, groups) if resident else n.residency
+        residency = residency_of(by_node[agent_id], n, groups) if resident else n.residency
         if waiting and resident:
-            residency = _still(residency, n, [p for ps in waiting.values() for p in ps if p.agent_id == agent_id], groups)
+            residency = still(residency, n, [p for ps in waiting.values() for p in ps if p.agent_id == agent_id], groups)
         layout = Layout(tuple(sorted(_paired(groups), key=lambda g: g.group_id)))
         how = _ending(n, layout, decided, snapshot)
         nodes.append(NodePlan(agent_id, residency, layout, how.mode, how.let_finish_s))
@@ -228,29 +145,3 @@ def _limited(group: Group, role: Role, shares: tuple[TierShare, ...], limits: Li
 
 def _groups_of(snapshot: Snapshot, pool: str) -> list[tuple[str, Group]]:
     return [(n.node.agent_id, g) for n in snapshot.nodes for g in n.layout.groups if g.pool == pool]
-
-
-def _residency(mine: list[tuple[Decided, Placed]], n: NodeView, groups: list[Group]) -> Residency:
-    """Every legal TP on every block of the GPUs that a pool holds on the node."""
-    engines: dict[str, ResidentEngine] = {}
-    for d in {d.q.pool.name: d for d, _ in mine}.values():
-        held = {g.uuid for other, p in mine if other.q.pool.name == d.q.pool.name for g in p.gpus}
-        for tp_size in d.q.tps:
-            for block in n.node.blocks(tp_size):
-                if {g.uuid for g in block} <= held:
-                    name = engine_id(d.q, block[0].index, tp_size)
-                    engines[name] = ResidentEngine(name, d.q.pool.model, tp_size, tuple(g.uuid for g in block))
-    for g in groups:
-        engines.setdefault(g.engine_id, ResidentEngine(g.engine_id, g.model, g.tp_size, g.gpu_uuids))
-    return Residency(tuple(engines[i] for i in sorted(engines)))
-
-
-def _still(residency: Residency, n: NodeView, waiting: list[Placed], groups: list[Group]) -> Residency:
-    """With a pool's engines that are warm where its groups wait to come: they would start cold in a moment."""
-    found = {e.engine_id: e for e in residency.engines}
-    for p in waiting:
-        mine, others = set(p.key[2]), {u for g in groups if g.pool != p.pool for u in g.gpu_uuids}
-        warm = [e for e in n.residency.engines if mine.issuperset(e.gpu_uuids) and e.engine_id.startswith(_prefix(p.pool))]
-        if not mine & others:
-            found = {e.engine_id: e for e in warm} | found
-    return Residency(tuple(found[i] for i in sorted(found)))

@@ -4,7 +4,8 @@ What it changes goes to nodes as any plan does: the operator sends limits that h
 """
 
 from nitsum.planner.capacity import Capacity
-from nitsum.planner.compose import Decided, as_placed, compose
+from nitsum.planner.compose import compose
+from nitsum.planner.decided import Decided, as_placed
 from nitsum.planner.kinds import kinds, standing
 from nitsum.planner.question import ask, stale
 from nitsum.planner.serve import serve

@@ -18,7 +18,8 @@ from nitsum.planner import exact, greedy, laid
 from nitsum.planner.alternatives import alternatives
 from nitsum.planner.answer import Answer, value, wins
 from nitsum.planner.capacity import Capacity
-from nitsum.planner.compose import Decided, as_placed, compose
+from nitsum.planner.compose import compose
+from nitsum.planner.decided import Decided, as_placed
 from nitsum.planner.joint import counts_of, flip_loss, problem
 from nitsum.planner.kinds import kinds, standing
 from nitsum.planner.laid import Laid

@@ -9,7 +9,8 @@ from nitsum.layout import Group, Layout, Role
 from nitsum.objective import mixture, strictest
 from nitsum.planner import Plan, PoolPlan, Snapshot
 from nitsum.planner.capacity import Capacity
-from nitsum.planner.compose import Decided, as_placed, compose
+from nitsum.planner.compose import compose
+from nitsum.planner.decided import Decided, as_placed
 from nitsum.planner.kinds import kinds, standing
 from nitsum.planner.limits import Block
 from nitsum.planner.question import PoolQuestion, ask
