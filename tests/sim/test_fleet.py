@@ -152,7 +152,7 @@ def test_two_engines_on_one_gpu_are_caught() -> None:
     fleet = Fleet(replace(registry.build("plain-tp1", s)), s.nodes, PROFILE, traffic({"loose": 1}, "1s"))
     fleet._begin()
     with pytest.raises(AssertionError, match="two engines awake"):
-        fleet._wake(fleet.nodes["node-00000"], layouts["node-00000"].groups[0])
+        fleet.agents.wake(fleet.nodes["node-00000"], layouts["node-00000"].groups[0])
 
 
 def test_a_budget_that_a_planner_exceeds_is_caught() -> None:

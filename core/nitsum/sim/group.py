@@ -1,5 +1,6 @@
 """A group on a simulated node: the production ledger in front of a simulated engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nitsum.layout import Group
@@ -43,6 +44,8 @@ class SimGroup:
     ledger: Ledger
     open: bool = False
     closing: bool = False
+    drained: Callable[[], None] | None = None
+    """What a flip does when the last of `lives` has left, for which it waits."""
     due_at: float = -1.0
     loaded_at: float = 0.0
     """When the KV loads that are under way end; they share its links, so they go one after the other."""
