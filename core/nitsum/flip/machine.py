@@ -1,148 +1,25 @@
-"""The flip of one node from Layout A to Layout B, as a machine without clock or I/O. Only groups that differ are touched.
+"""Which event leads from which state to which, and what is to be done then."""
 
-Idle -> Closing -> Ending -> Parking -> Waking -> Opening -> Done
-and the way back, when B does not wake: Waking -> Reverting -> Rewaking -> Reopening -> Reverted, or Failed where A is dead too.
-
-Every command ends in one event. At every instant at most one engine per GPU is not parked: checked after each step.
-"""
-
-from dataclasses import dataclass
-from enum import StrEnum
-
+from nitsum.flip.messages import (
+    AbortStreams,
+    CloseGroups,
+    Command,
+    DeadlinePassed,
+    EngineEnded,
+    EngineParked,
+    EngineWoken,
+    Event,
+    FlipRequested,
+    GroupsClosed,
+    GroupsOpened,
+    KillEngine,
+    OpenGroups,
+    ParkEngine,
+    StreamsEnded,
+    WakeEngine,
+)
+from nitsum.flip.states import AT_REST, ENDED, Deadlines, EngineState, FlipState
 from nitsum.layout import FlipMode, Group, Layout
-
-
-class FlipState(StrEnum):
-    IDLE = "Idle"
-    CLOSING = "Closing"
-    ENDING = "Ending"
-    PARKING = "Parking"
-    WAKING = "Waking"
-    OPENING = "Opening"
-    DONE = "Done"
-    REVERTING = "Reverting"
-    REWAKING = "Rewaking"
-    REOPENING = "Reopening"
-    REVERTED = "Reverted"
-    FAILED = "Failed"
-
-
-ENDED = frozenset({FlipState.DONE, FlipState.REVERTED, FlipState.FAILED})
-
-
-class EngineState(StrEnum):
-    PARKED = "Parked"
-    WAKING = "Waking"
-    AWAKE = "Awake"
-    PARKING = "Parking"
-    KILLING = "Killing"
-    DEAD = "Dead"
-
-
-_AT_REST = (EngineState.PARKED, EngineState.DEAD)
-
-
-@dataclass(frozen=True)
-class Deadlines:
-    """Longest durations of the phases, in seconds."""
-
-    let_finish_s: float = 0.0
-    end_s: float = 2.0
-    park_s: float = 5.0
-    wake_s: float = 10.0
-
-
-# Events
-
-
-@dataclass(frozen=True)
-class FlipRequested:
-    """`dead`: engines that are not running as the flip begins."""
-
-    dead: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class GroupsClosed: ...
-
-
-@dataclass(frozen=True)
-class StreamsEnded: ...
-
-
-@dataclass(frozen=True)
-class EngineParked:
-    engine_id: str
-
-
-@dataclass(frozen=True)
-class EngineWoken:
-    engine_id: str
-
-
-@dataclass(frozen=True)
-class EngineEnded:
-    """Its processes are gone, killed or not."""
-
-    engine_id: str
-
-
-@dataclass(frozen=True)
-class GroupsOpened: ...
-
-
-@dataclass(frozen=True)
-class DeadlinePassed: ...
-
-
-Event = FlipRequested | GroupsClosed | StreamsEnded | EngineParked | EngineWoken | EngineEnded | GroupsOpened | DeadlinePassed
-
-# Commands
-
-
-@dataclass(frozen=True)
-class CloseGroups:
-    """Refuse new work on `groups` naming `successors[i]` (ids) at `epoch`; the groups in `opening` become known and gather waiting work."""
-
-    groups: tuple[Group, ...]
-    successors: tuple[tuple[str, ...], ...]
-    opening: tuple[Group, ...]
-    epoch: int
-
-
-@dataclass(frozen=True)
-class AbortStreams:
-    groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True)
-class ParkEngine:
-    engine_id: str
-
-
-@dataclass(frozen=True)
-class WakeEngine:
-    engine_id: str
-
-
-@dataclass(frozen=True)
-class KillEngine:
-    """End its processes: it neither parked nor woke in time. Answered by EngineEnded."""
-
-    engine_id: str
-
-
-@dataclass(frozen=True)
-class OpenGroups:
-    """`groups` serve at `epoch`, `failed` have no engine yet; `gone` leave the table, their waiting work follows the others."""
-
-    groups: tuple[Group, ...]
-    failed: tuple[Group, ...]
-    gone: tuple[Group, ...]
-    epoch: int
-
-
-Command = CloseGroups | AbortStreams | ParkEngine | WakeEngine | KillEngine | OpenGroups
 
 
 def _same(a: Group, b: Group) -> bool:
@@ -256,7 +133,7 @@ class Flip:
         return [WakeEngine(e) for e in parked]
 
     def _kill(self, engines: list[str]) -> list[Command]:
-        late = [e for e in engines if self.engines[e] not in (*_AT_REST, EngineState.KILLING)]
+        late = [e for e in engines if self.engines[e] not in (*AT_REST, EngineState.KILLING)]
         for e in late:
             self.engines[e] = EngineState.KILLING
         return [KillEngine(e) for e in late]
@@ -270,7 +147,7 @@ class Flip:
     def _advance(self, now: float) -> list[Command]:
         of = self.engines
         match self.state:
-            case FlipState.PARKING if all(of[e] in _AT_REST for e in self._from):
+            case FlipState.PARKING if all(of[e] in AT_REST for e in self._from):
                 if lost := [e for e in self._to if of[e] is EngineState.DEAD]:
                     return self._revert(now, f"{', '.join(lost)} ended before it could wake")
                 self._to_state(FlipState.WAKING, now + self.deadlines.wake_s)
@@ -280,7 +157,7 @@ class Flip:
             case FlipState.WAKING if all(of[e] is EngineState.AWAKE for e in self._to):
                 self._to_state(FlipState.OPENING, None)
                 return [OpenGroups(self.opening, (), self.closing, self.epoch + 1)]
-            case FlipState.REVERTING if all(of[e] in _AT_REST for e in self._to):
+            case FlipState.REVERTING if all(of[e] in AT_REST for e in self._to):
                 self._to_state(FlipState.REWAKING, now + self.deadlines.wake_s)
                 return self._wake(self._from) or self._advance(now)
             case FlipState.REWAKING if all(of[e] in (EngineState.AWAKE, EngineState.DEAD) for e in self._from):
@@ -293,7 +170,7 @@ class Flip:
     def _check(self) -> None:
         busy: dict[str, str] = {}
         for engine, state in self.engines.items():
-            if state not in _AT_REST:
+            if state not in AT_REST:
                 for gpu in self._gpus[engine]:
                     assert gpu not in busy, f"{engine} and {busy[gpu]} are both awake on {gpu} in {self.state}"
                     busy[gpu] = engine
