@@ -1,52 +1,23 @@
-"""A step-time model that learns from the engines' own timings.
-
-Per (TP, phase): measured = offset + factor x modelled, by recursive least squares on relative errors with a prior at (0, 1), so that one
-operating point moves both a little and several tell them apart; old data fade. A measurement far outside what the estimate expects (a
-garbage collection, a paused engine) is left out; where most of the recent ones are and agree with each other, the engine has changed and
-learning starts afresh. Both numbers are bounded. What one (TP, phase) does not know yet it borrows from the others of its phase, by their
-confidence: else the planner would flee from every TP that it has measured to those that only the profile praises.
-"""
+"""The step-time model that is made of a base and of what was learned: a line for each (TP, phase), and what they lend each other."""
 
 import copy
 import itertools
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from nitsum.layout import FlipMode
 from nitsum.perf import StepTimeModel, door_ms
+from nitsum.perf.correction.line import Bounds, Line
+from nitsum.perf.correction.timing import Phase, StepTiming
 from nitsum.perf.flip import KvFate
 from nitsum.perf.tables import TYPICAL_STREAM_TOKENS, Profile
 
-
-class Phase(StrEnum):
-    PREFILL = "prefill"
-    DECODE = "decode"
-    MIXED = "mixed"
-
-
-@dataclass(frozen=True)
-class StepTiming:
-    """One step as an engine measured it, or the mean of several alike. Prefill has no batch, decode no chunk.
-
-    `ctx`: mean context of the decodes; of a pure prefill, the tokens cached before its chunk.
-    """
-
-    tp_size: int
-    chunk: int
-    batch: int
-    ctx: int
-    ms: float
-
-    @property
-    def phase(self) -> Phase:
-        return Phase.MIXED if self.chunk and self.batch else Phase.PREFILL if self.chunk else Phase.DECODE
+CONFIDENCE_STEP = 0.1
+"""By which two models differ clearly."""
 
 
 @dataclass(frozen=True)
@@ -61,106 +32,6 @@ class Learned:
     error: float | None
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """How far a correction may go, and how fast it forgets."""
-
-    factor_min: float = 0.25
-    factor_max: float = 4.0
-    offset_share_max: float = 2.0
-    """Of the smallest step that the base model knows at this TP and phase, either way."""
-    memory: float = 200.0
-    """Measurements after which old data weigh 1/e."""
-    outlier_sigmas: float = 5.0
-    window: int = 16
-    """Recent measurements among which a change is looked for."""
-    confident_after: float = 16.0
-    """Accepted measurements that give half of full confidence."""
-
-
-PRIOR_SIGMA = 0.5
-"""Of the factor; and of the offset, in smallest steps."""
-PULL_SIGMAS = 2.0
-CONFIDENCE_STEP = 0.1
-"""By which two models differ clearly."""
-NOISE_MIN, NOISE_FIRST, NOISE_MAX = 0.02, 0.1, 0.3
-
-
-class _Line:
-    """y/p = factor + share * (s/p): p is the prediction, s the smallest step. Two unknowns, 2x2 covariance, all in relative terms."""
-
-    def __init__(self, bounds: Bounds) -> None:
-        self.bounds = bounds
-        self.recent: deque[tuple[float, float, bool]] = deque(maxlen=bounds.window)
-        """(ratio, s/p, whether it lay well outside what was expected)."""
-        self.accepted = self.rejected = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.factor, self.share = 1.0, 0.0
-        self.cov = (PRIOR_SIGMA**2, 0.0, PRIOR_SIGMA**2)
-        self.noise, self.error, self.weight = NOISE_FIRST, None, 0.0
-
-    error: float | None
-    weight: float
-    """Accepted measurements, faded as the data are."""
-
-    def add(self, ratio: float, h: float) -> None:
-        """`ratio` = measured / predicted by the base model; `h` = smallest step / that prediction."""
-        a, b, d = self.cov
-        expected = self.factor + self.share * h
-        spread = math.sqrt(max(a + 2 * b * h + d * h * h, 0.0) + self.noise**2)
-        miss = abs(ratio - expected)
-        self.recent.append((ratio, h, miss > PULL_SIGMAS * spread))
-        if miss <= self.bounds.outlier_sigmas * spread:
-            self.accepted += 1
-            self._learn(ratio, h, expected)
-        else:
-            self.rejected += 1
-        self._look_for_a_change()
-
-    def _learn(self, ratio: float, h: float, expected: float) -> None:
-        forget = 1 - 1 / self.bounds.memory
-        # Forgetting without new information must not blow the covariance up: never above the prior.
-        a, b, d = (x / forget for x in self.cov)
-        if a > PRIOR_SIGMA**2 or d > PRIOR_SIGMA**2:
-            a, b, d = self.cov
-        residual = ratio - expected
-        # Huber: what lies beyond these sigmas pulls no harder than they do.
-        total = max(a + 2 * b * h + d * h * h, 0.0) + self.noise**2
-        pull = math.copysign(min(abs(residual), PULL_SIGMAS * math.sqrt(total)), residual)
-        ka, kd = (a + b * h) / total, (b + d * h) / total
-        limits = self.bounds
-        self.factor = min(max(self.factor + ka * pull, limits.factor_min), limits.factor_max)
-        self.share = min(max(self.share + kd * pull, -limits.offset_share_max), limits.offset_share_max)
-        self.cov = (a - ka * (a + b * h), b - ka * (b + d * h), d - kd * (b + d * h))
-        after = abs(ratio - self.factor - self.share * h)
-        step = max(0.05, 1 / (2 + self.weight))
-        self.noise = min(max(math.sqrt((1 - step) * self.noise**2 + step * after**2), NOISE_MIN), NOISE_MAX)
-        relative = abs(residual) / max(ratio, 1e-9)
-        self.error = relative if self.error is None else self.error + step * (relative - self.error)
-        self.weight = self.weight * forget + 1
-
-    def _look_for_a_change(self) -> None:
-        far = [(r, h) for r, h, outside in self.recent if outside]
-        if len(self.recent) < self.bounds.window or len(far) < 0.75 * self.bounds.window:
-            return
-        middle = median(r for r, _ in far)
-        agree = [(r, h) for r, h in far if abs(r - middle) <= 0.5 * middle]
-        if len(agree) < 0.75 * len(far):
-            return  # noise, not a change
-        self._reset()
-        self.factor = min(max(middle, self.bounds.factor_min), self.bounds.factor_max)
-        self.recent.clear()
-        for ratio, h in agree:
-            self._learn(ratio, h, self.factor + self.share * h)
-
-    @property
-    def confidence(self) -> float:
-        """Grows with data, falls with the error that is left."""
-        return self.weight / (self.weight + self.bounds.confident_after) / (1 + 4 * (self.error or 0.0))
-
-
 class Corrected:
     """A StepTimeModel over another one. `observe` feeds it; without data it is the base model, to the bit.
 
@@ -171,7 +42,7 @@ class Corrected:
         self.base = base
         self._profile = base if isinstance(base, Profile) else None
         self.bounds = bounds or Bounds()
-        self._lines: dict[tuple[int, Phase], _Line] = {}
+        self._lines: dict[tuple[int, Phase], Line] = {}
         self._smallest = {tp: {Phase.PREFILL: base.prefill_ms(tp, 1), Phase.DECODE: base.decode_ms(tp, 1, 1)} for tp in base.tp_sizes}
         self._applied: dict[tuple[int, Phase], tuple[float, float]] = {}
         self.version = 0
@@ -215,7 +86,7 @@ class Corrected:
         if t.tp_size not in self.base.tp_sizes or not (t.chunk or t.batch) or not (math.isfinite(t.ms) and t.ms > 0):
             return False
         predicted = self._base_ms(t)
-        line = self._lines.setdefault((t.tp_size, t.phase), _Line(self.bounds))
+        line = self._lines.setdefault((t.tp_size, t.phase), Line(self.bounds))
         before = line.accepted
         line.add(t.ms / predicted, self._step(t.tp_size, t.phase) / predicted)
         self._applied.clear()
@@ -233,7 +104,7 @@ class Corrected:
     def _step(self, tp_size: int, phase: Phase) -> float:
         return self._smallest[tp_size][Phase.DECODE if phase is Phase.MIXED else phase]
 
-    def _others(self, tp_size: int, phase: Phase) -> Iterator[_Line]:
+    def _others(self, tp_size: int, phase: Phase) -> Iterator[Line]:
         return (line for (tp, p), line in self._lines.items() if p is phase and tp != tp_size and line.weight)
 
     def learned(self, tp_size: int, phase: Phase) -> Learned:
