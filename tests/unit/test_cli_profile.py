@@ -9,7 +9,9 @@ from typer.testing import CliRunner
 
 from nitsum.perf.profile import parse
 from nitsum_cli.main import app
-from nitsum_cli.measure import door_of, filled, held_ms, paces_ms
+from nitsum_cli.measure.door import door_of, held_ms
+from nitsum_cli.measure.steps import paces_ms
+from nitsum_cli.measure.tp_table import filled
 
 run = CliRunner()
 
