@@ -1,7 +1,9 @@
 """Goodput of every policy over mixes of recorded traces, loads and seeds: simulated, so every figure is modelled.
 
 usage: uv run python bench/goodput.py [--quick | --short] [--seeds N] [--traces DIR] [--jobs N] [--only tables,even,ladder] [--json FILE]
-       [--markdown]
+       [--markdown] [--seconds S] [--mixes M,...] [--gpus N]
+
+`--seconds`, `--mixes` and `--gpus` ask for a part of the tables, longer than the sweep has time for; no loads below the grid then.
 
 The traces lie outside the repository: `--traces`, or NITSUM_TRACES. Results of single cells are kept under `--results`; a sweep that was
 cut off goes on there. Seeds are added until the standard error of nitsum's and the oracle's mean attainment is at most 1 %, four at most.
@@ -20,7 +22,7 @@ import goodput_markdown
 import goodput_mixes
 import goodput_tables
 from goodput_cells import Store, Unit
-from goodput_plans import Plan, plans
+from goodput_plans import Plan, part_of, plans
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -59,6 +61,9 @@ def main() -> None:
     options.add_argument("--results", type=Path, default=Path(__file__).parent / "out" / "goodput", metavar="DIR")
     options.add_argument("--jobs", type=int, default=1, help="processes")
     options.add_argument("--only", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    options.add_argument("--seconds", type=float, metavar="S", help="of each cell of the tables, instead of the sweep's")
+    options.add_argument("--mixes", metavar="M,...", help=f"tables of these mixes alone; of {', '.join(goodput_mixes.MIXES)}")
+    options.add_argument("--gpus", type=int, metavar="N", help="tables of fleets of so many GPUs alone")
     options.add_argument("--json", type=Path, metavar="FILE")
     options.add_argument("--markdown", action="store_true", help="also print the tables as docs/benchmarks.md has them")
     args = options.parse_args()
@@ -72,6 +77,12 @@ def main() -> None:
         traces = None
     origin = "recorded traces" if traces else "SYNTHETIC TRAFFIC"
     tables, even, ladder = plans(args.quick, args.short, args.seeds)
+    mixes = args.mixes.split(",") if args.mixes else list(goodput_mixes.MIXES)
+    if wrong := [m for m in mixes if m not in goodput_mixes.MIXES]:
+        options.error(f"--mixes: {wrong[0]!r} is not one of {', '.join(goodput_mixes.MIXES)}")
+    tables = part_of(tables, mixes, args.gpus, args.seconds)
+    if not tables:
+        options.error("--mixes, --gpus: no table is left")
     todo = [*(tables if "tables" in parts else ()), *([even] if "even" in parts else ()), *([ladder] if "ladder" in parts else ())]
     store = Store(args.results, traces)
     make(todo, store, args.results, traces, args.jobs)

@@ -112,3 +112,11 @@ def plans(quick: bool, short: bool = False, exactly: int | None = None) -> tuple
     )
     ladder = Plan("The ladder", "Qwen3-14B", 8, ("chat+long",) if quick else mixes, (1.0,), LADDER, duration_s, seeds, lower_max=0)
     return tables, even, ladder
+
+
+def part_of(tables: tuple[Plan, ...], mixes: list[str], gpus: int | None, duration_s: float | None) -> tuple[Plan, ...]:
+    """Tables of these mixes and fleets alone; where cells shall last otherwise, without the loads below the grid."""
+    found = [replace(t, mixes=tuple(m for m in t.mixes if m in mixes)) for t in tables if gpus in (None, t.gpus)]
+    if duration_s is not None:
+        found = [replace(t, duration_s=duration_s, lower_max=0) for t in found]
+    return tuple(t for t in found if t.mixes)

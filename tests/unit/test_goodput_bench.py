@@ -111,3 +111,13 @@ def test_missing_traces_are_named(bench: Any, tmp_path: Path) -> None:
     for _, name in goodput_mixes.TRACES.values():
         (tmp_path / name).touch()
     assert goodput_mixes.missing(tmp_path) == []
+
+
+def test_a_part_of_the_tables_is_asked_for_by_mix_fleet_and_duration(bench: Any) -> None:
+    tables, _, _ = bench.plans.plans(False, short=True)
+    part = bench.plans.part_of(tables, ["fast+bulk"], 8, 900.0)
+    assert [(t.model, t.gpus, t.mixes, t.duration_s, t.lower_max) for t in part] == [
+        (model, 8, ("fast+bulk",), 900.0, 0) for model in ("Llama-3.1-8B", "Qwen3-32B")
+    ]
+    assert bench.plans.part_of(tables, list(bench.plans.MIXES), None, None) == tables
+    assert bench.plans.part_of(tables, ["fast+bulk"], 64, None) == (), "64 H100 have the first mixes only"
