@@ -13,7 +13,9 @@ from typing import Any
 
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.types.v1 import types_pb2
+from nitsum_host import streams
 from nitsum_host.awake import Awake
+from nitsum_host.groups import on_engine_ended, open_groups
 from nitsum_host.node import Node, Slot
 from nitsum_host.stores import Stores
 from nitsum_sglang.port import Engine, EngineEnded, EngineSpec
@@ -154,7 +156,7 @@ class Engines:
                     await self.awake.wake(slot)
                 for live in waiting:
                     log.info("group %s serves again", live.group.group_id)
-                    self.node.open(live.group.group_id)
+                    open_groups(self.node, live.group.group_id)
         slot.up_since = time.monotonic()
         self.node.touch()
 
@@ -167,7 +169,7 @@ class Engines:
     async def _read(self, slot: Slot, engine: Engine) -> None:
         try:
             async for deltas in engine.steps():
-                self.node.on_step(deltas)
+                streams.on_step(self.node, deltas)
             return  # ended on purpose, by someone who says so
         except EngineEnded as e:
             why = str(e)
@@ -189,7 +191,7 @@ class Engines:
         if time.monotonic() - slot.up_since > STEADY_S:
             slot.failures = 0
         slot.ended = True
-        self.node.on_engine_ended(engine_id, why)
+        on_engine_ended(self.node, engine_id, why)
         slot.revival = self._keep(self._revive(slot))
 
     async def _revive(self, slot: Slot) -> None:

@@ -16,7 +16,9 @@ from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.fault import maybe_die
 from nitsum_api.types.v1 import types_pb2
 from nitsum_host.engines import Engines
+from nitsum_host.groups import abort_streams, close_groups, end_streams, make_known, open_groups, remove_group
 from nitsum_host.journal import Journal
+from nitsum_host.places import link
 from nitsum_sglang.port import EngineEnded
 
 log = logging.getLogger(__name__)
@@ -142,8 +144,8 @@ class FlipRun:
             case machine.CloseGroups(groups, successors, opening, epoch):
                 self.touched = True
                 for g in opening:
-                    node.known(g, self.wires[g.group_id], epoch, types_pb2.GROUP_STATE_OPENING)
-                node.close({g.group_id: ids for g, ids in zip(groups, successors, strict=True)})
+                    make_known(node, g, self.wires[g.group_id], epoch, types_pb2.GROUP_STATE_OPENING)
+                close_groups(node, {g.group_id: ids for g, ids in zip(groups, successors, strict=True)})
                 node.epoch = epoch
                 self.ending = tuple(g.group_id for g in groups)
                 self.report.resident_tokens = sum(s.tokens for s in node.streams.values() if s.group_id in self.ending)
@@ -151,14 +153,14 @@ class FlipRun:
                 self.events.put_nowait(machine.GroupsClosed())
             case machine.AbortStreams(groups):
                 self.report.streams_moved = sum(s.on_engine for s in node.streams.values() if s.group_id in self.ending)
-                if not any([node.abort_streams(g.group_id) for g in groups]):
+                if not any([abort_streams(node, g.group_id) for g in groups]):
                     self.ending = ()
                     self.events.put_nowait(machine.StreamsEnded())
             case machine.ParkEngine(engine_id):
                 self.ending = ()
                 for live in [g for g in node.groups.values() if g.group.engine_id == engine_id]:
                     if live.state == types_pb2.GROUP_STATE_CLOSING:
-                        node.end_streams(live.group.group_id)
+                        end_streams(node, live.group.group_id)
                 self._start(engine_id, wake=False)
             case machine.WakeEngine(engine_id):
                 self._start(engine_id, wake=True)
@@ -182,10 +184,10 @@ class FlipRun:
         up = [g.group_id for g in groups if self._up(g.engine_id)]
         for group_id in set(ids).difference(up):  # its engine ended a moment ago, and opens it when it is back
             node.groups[group_id].state = types_pb2.GROUP_STATE_FAILED
-        node.open(*up)
+        open_groups(node, *up)
         for g in gone:
             if g.group_id in node.groups and g.group_id not in ids:
-                node.remove(g.group_id, node.closed.get(g.group_id) or ids)
+                remove_group(node, g.group_id, node.closed.get(g.group_id) or ids)
         node.touch()
 
     def _start(self, engine_id: str, wake: bool) -> None:
@@ -215,10 +217,10 @@ class FlipRun:
         node.epoch += 2
         for group_id in closing:
             if (live := node.groups.get(group_id)) is not None:
-                node.end_streams(group_id)
+                end_streams(node, group_id)
                 live.state, live.wire.epoch = types_pb2.GROUP_STATE_FAILED, node.epoch
-        node.link()
+        link(node)
         for group_id in {g.group_id for g in self.flip.opening} - set(closing):
             if group_id in node.groups:
-                node.remove(group_id, tuple(closing))
+                remove_group(node, group_id, tuple(closing))
         node.touch()

@@ -14,6 +14,7 @@ from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.host.v1 import host_pb2_grpc
 from nitsum_api.node.v1 import node_pb2_grpc
 from nitsum_api.security import server_credentials, server_options
+from nitsum_host import streams
 from nitsum_host.engines import Engines, Settings
 from nitsum_host.journal import Journal
 from nitsum_host.leftovers import end_all
@@ -119,7 +120,7 @@ async def _beat(node: Node) -> None:
     while True:
         await asyncio.sleep(EXPIRE_S)
         try:
-            node.expire()
+            streams.expire(node)
             since += EXPIRE_S
             if since >= VIEW_S:
                 since = 0.0

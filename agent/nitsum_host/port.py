@@ -11,6 +11,7 @@ import grpc.aio
 from nitsum_api import CONTRACT_VERSION
 from nitsum_api.node.v1 import node_pb2, node_pb2_grpc
 from nitsum_api.security import require_role
+from nitsum_host import streams
 from nitsum_host.node import Node
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class NodePort(node_pb2_grpc.NodeServiceServicer):
         finally:  # at once, even where a write hangs on a gateway that does not read
             for task in (reader, writer, overrun):
                 task.cancel()
-            self.node.leave(session)
+            streams.leave(self.node, session)
             await asyncio.gather(reader, writer, overrun, return_exceptions=True)
             log.info("session %d ended", session.number)
         if session.overrun.is_set():
@@ -92,9 +93,9 @@ class NodePort(node_pb2_grpc.NodeServiceServicer):
             async for frame in frames:
                 kind = frame.WhichOneof("frame")
                 if kind == "submit":
-                    self.node.submit(session, frame.submit)
+                    streams.submit(self.node, session, frame.submit)
                 elif kind == "abort":
-                    self.node.abort(session, frame.abort.request_id)
+                    streams.abort(self.node, session, frame.abort.request_id)
         except grpc.aio.AioRpcError:
             pass
         except Exception:  # a bug: the gateway must not go on writing to a node that does not read

@@ -21,8 +21,10 @@ from nitsum_api.host.v1 import host_pb2, host_pb2_grpc
 from nitsum_api.types.v1 import types_pb2
 from nitsum_host.engines import Engines
 from nitsum_host.flips import FlipRun
+from nitsum_host.groups import abort_streams, end_streams
 from nitsum_host.journal import Journal
 from nitsum_host.node import Node
+from nitsum_host.places import link
 from nitsum_host.read import Illegal, Reason, residency_and_layout
 from nitsum_sglang.port import EngineEnded
 
@@ -202,7 +204,7 @@ class Host(host_pb2_grpc.HostServiceServicer):
                 slot = node.slots[group.engine_id]
                 live.ledger.set_capacity(group.capacity, group.shares, slot.info.max_total_tokens if slot.info else 0)
                 self.engines.awake.govern(slot)
-        node.link()
+        link(node)
 
     async def _flip(self, d: agent_pb2.NodeDirective, layout: Layout, wires: dict[str, types_pb2.Group]) -> None:
         deadlines = dataclasses.replace(self.deadlines, let_finish_s=d.let_finish_ms / 1e3)
@@ -256,15 +258,15 @@ class Host(host_pb2_grpc.HostServiceServicer):
     async def Drain(self, request: host_pb2.DrainRequest, context: Context) -> host_pb2.DrainResponse:
         """For a host that is about to go: there is no way back but starting it anew. A flip in work goes on to its end."""
         self.node.draining = True
-        self.node.link()
+        link(self.node)
         log.info("draining %d streams within %d ms", len(self.node.streams), request.grace_ms)
         self.node.touch()
         deadline = asyncio.get_running_loop().time() + request.grace_ms / 1e3
         while self.node.streams and asyncio.get_running_loop().time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         for group_id in list(self.node.groups):
-            self.node.abort_streams(group_id)
-            self.node.end_streams(group_id)
+            abort_streams(self.node, group_id)
+            end_streams(self.node, group_id)
         return host_pb2.DrainResponse()
 
 

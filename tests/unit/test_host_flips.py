@@ -11,6 +11,8 @@ import pytest
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.types.v1 import types_pb2
 from nitsum_host import engines as engines_module
+from nitsum_host import flips as flips_module
+from nitsum_host import streams as streams_module
 from nitsum_host.engines import folder_name
 from nitsum_host.leftovers import end_all
 from nitsum_host.testing.fake_engine import FakeEngine
@@ -418,7 +420,7 @@ async def test_a_bug_half_way_ends_what_may_be_awake_and_a_comes_back(w: World, 
     streams(w)
     await asyncio.sleep(0.01)
     with monkeypatch.context() as m:
-        m.setattr(w.node, "open", lambda group_id: 1 / 0)
+        m.setattr(flips_module, "open_groups", lambda node, group_id: 1 / 0)
         report = await w.carried_out(w.directive(2))
     assert "ZeroDivisionError" in report.problem
     assert report.flip.outcome == Outcome.OUTCOME_FAILED
@@ -429,7 +431,7 @@ async def test_a_bug_half_way_ends_what_may_be_awake_and_a_comes_back(w: World, 
 async def test_a_bug_in_reading_an_engine_does_not_leave_its_streams_hanging(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
     streams(w, count=2)
     with monkeypatch.context() as m:
-        m.setattr(w.node, "on_step", lambda deltas: 1 / 0)
+        m.setattr(streams_module, "on_step", lambda node, deltas: 1 / 0)
         await w.until(lambda: w.slot("e1-0").state == Report.STATE_FAILED)
     await w.until(lambda: w.slot("e1-0").state == Report.STATE_AWAKE)
 

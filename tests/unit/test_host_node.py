@@ -6,6 +6,7 @@ from pathlib import Path
 from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
+from nitsum_host import streams
 from nitsum_host.testing.world import World, world
 from nitsum_sglang.port import Timings
 
@@ -29,7 +30,7 @@ def submit(w: World, session: Session, name: str, tokens: int = 10, prompt: int 
     live = w.node.groups["g1-0"]
     s = node_pb2.Submit(request_id=name, group_id="g1-0", epoch=live.wire.epoch, input_ids=[1] * prompt, **fields)  # type: ignore[arg-type]
     s.sampling.max_new_tokens = tokens
-    w.node.submit(session, s)
+    streams.submit(w.node, session, s)
 
 
 async def test_what_waited_for_its_turn_did_not_see_the_crash(tmp_path: Path) -> None:
@@ -50,10 +51,10 @@ async def test_nobody_waits_for_ever_at_a_group_without_an_engine(tmp_path: Path
         await w.until(lambda: w.node.groups["g1-0"].state == types_pb2.GROUP_STATE_FAILED)
         submit(w, session, "patient", 3)
         submit(w, session, "late", 3, queue_ms=20)
-        w.node.expire()
+        streams.expire(w.node)
         assert not session.refused
         await asyncio.sleep(0.03)
-        w.node.expire()
+        streams.expire(w.node)
         assert session.refused == {"late": Refused.REASON_QUEUE_TIMEOUT}
         await w.until(lambda: len(w.made["e1-0"]) == 2)
         w.engine("e1-0").may_start.set()
@@ -65,7 +66,7 @@ async def test_a_gateway_that_leaves_takes_what_waits_with_it(tmp_path: Path) ->
         session = Session()
         for name in "abc":
             submit(w, session, name, 100_000)
-        w.node.leave(session)
+        streams.leave(w.node, session)
         await w.until(lambda: not w.node.streams)
         assert not w.node.groups["g1-0"].ledger.running
 

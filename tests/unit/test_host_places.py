@@ -9,6 +9,7 @@ import pytest
 from nitsum import onward
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
+from nitsum_host import streams
 from nitsum_host.testing.world import World, world
 
 PREFILL, DECODE, MIXED = types_pb2.ROLE_PREFILL, types_pb2.ROLE_DECODE, types_pb2.ROLE_MIXED
@@ -43,7 +44,7 @@ class Session:
             request_id=name, group_id=group_id, epoch=self.w.node.groups[group_id].wire.epoch, input_ids=[1, 2, *got], resume_k=len(got)
         )
         s.sampling.max_new_tokens, s.follows = tokens, follows
-        self.w.node.submit(self, s)
+        streams.submit(self.w.node, self, s)
 
 
 @pytest.fixture
@@ -110,19 +111,19 @@ async def test_one_that_goes_elsewhere_gives_its_place_up(w: World, where: str) 
         s.submit("a2", P, "a")
         assert counts(w) == (2, 0, 0, 1), "it stays, and b has the place"
     else:
-        w.node.submit(s, node_pb2.Submit(request_id="a2", group_id=where, input_ids=[1], follows="a"))
+        streams.submit(w.node, s, node_pb2.Submit(request_id="a2", group_id=where, input_ids=[1], follows="a"))
         assert counts(w) == (1, 0, 0, 1)
 
 
 async def test_one_whose_client_goes_on_its_way_gives_its_place_up(w: World) -> None:
     s = await on_its_way(w)
-    w.node.abort(s, "a")
+    streams.abort(w.node, s, "a")
     assert counts(w) == (1, 0, 0, 1)
 
 
 async def test_one_whose_client_goes_as_it_is_handed_over_goes_nowhere(w: World) -> None:
     s = Session(w)
-    s.on_token = lambda name: w.node.abort(s, name)
+    s.on_token = lambda name: streams.abort(w.node, s, name)
     s.submit("a")
     s.submit("b")
     await w.until(lambda: len(s.finishes) == 2)
@@ -135,18 +136,18 @@ async def test_a_gateway_that_leaves_gives_up_places_of_its_own_alone(w: World) 
     other = Session(w)
     other.number = 8
     other.submit("a")
-    w.node.leave(other)
+    streams.leave(w.node, other)
     assert counts(w) == (0, 1, 0, 1)
-    w.node.leave(s)
+    streams.leave(w.node, s)
     await w.until(lambda: counts(w) == (0, 0, 0, 0))
 
 
 async def test_one_that_does_not_come_gives_its_place_up_in_time(w: World, monkeypatch: pytest.MonkeyPatch) -> None:
     s = await on_its_way(w)
-    w.node.expire()
+    streams.expire(w.node)
     assert counts(w) == (0, 1, 0, 1)
     monkeypatch.setattr(onward, "WAY_S", 0.0)
-    w.node.expire()
+    streams.expire(w.node)
     assert counts(w) == (1, 0, 0, 1)
     s.submit("a2", D, "a")
     assert counts(w) == (1, 0, 1, 1), "one that comes late is let in all the same"
@@ -192,7 +193,7 @@ async def test_a_changed_role_gives_places_up_and_nobody_waits_for_them(w: World
     await directed(w, prefill, decode)
     assert counts(w) == (1, 0, 0, int(decode == DECODE)), "a is still on its way to what decodes"
     await w.until(lambda: len(s.tokens.get("b", [])) > 20)
-    w.node.abort(s, "a")
+    streams.abort(w.node, s, "a")
     await directed(w)
     s.submit("c")
     await w.until(lambda: "c" in s.finishes)
@@ -226,7 +227,7 @@ async def test_a_node_that_drains_runs_what_waits(w: World) -> None:
     draining = asyncio.create_task(w.host.Drain(host_pb2.DrainRequest(grace_ms=10_000), None))  # type: ignore[arg-type]
     await w.until(lambda: len(s.tokens.get("b", [])) > 20)
     assert (counts(w), s.finishes.keys()) == ((1, 0, 0, 0), {"a"})
-    w.node.abort(s, "b")
+    streams.abort(w.node, s, "b")
     await draining
 
 

@@ -15,6 +15,7 @@ from nitsum_api.issue import issue, new_ca
 from nitsum_api.node.v1 import node_pb2, node_pb2_grpc
 from nitsum_api.security import Identity, secure_channel, server_credentials
 from nitsum_host import port as port_module
+from nitsum_host import streams
 from nitsum_host.testing.world import World, world
 
 Request, Refused = node_pb2.AttachRequest, node_pb2.Refused
@@ -150,7 +151,7 @@ async def test_a_gateway_that_does_not_read_is_cut_off(door: Door, monkeypatch: 
 async def test_a_bug_in_one_frame_ends_the_session_not_the_node(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     call = await door.attached()
     with monkeypatch.context() as m:
-        m.setattr(door.w.node, "submit", lambda session, submit: 1 / 0)
+        m.setattr(streams, "submit", lambda node, session, submit: 1 / 0)
         await call.write(door.submit("a"))
         async with asyncio.timeout(5):
             while await call.read() is not grpc.aio.EOF:

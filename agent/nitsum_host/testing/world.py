@@ -13,6 +13,7 @@ from nitsum_api.agent.v1 import agent_pb2
 from nitsum_api.host.v1 import host_pb2
 from nitsum_api.node.v1 import node_pb2
 from nitsum_api.types.v1 import types_pb2
+from nitsum_host import streams
 from nitsum_host.engines import Engines, Settings
 from nitsum_host.journal import Journal
 from nitsum_host.node import Node, Slot
@@ -98,7 +99,7 @@ class Gateway:
         if self.hops[name] > 1:
             submit.follows = f"{name}/{self.hops[name] - 1}"
         submit.sampling.max_new_tokens, submit.suspect = count, self.crashes.get(name, 0) > 0
-        self.node.submit(self, submit)
+        streams.submit(self.node, self, submit)
 
     async def all_done(self) -> None:
         async with asyncio.timeout(20):
