@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def make(todo: list[Plan], store: Store, folder: Path, traces: Path | None, jobs
                     print(f"{bar.tasks[task].completed:.0f}/{len(units)}  {what}", file=sys.stderr, flush=True)
 
 
+def _known(options: argparse.ArgumentParser, flag: str, names: list[str], legal: Collection[str]) -> list[str]:
+    if wrong := [n for n in names if n not in legal]:
+        options.error(f"{flag}: {wrong[0]!r} is not one of {', '.join(legal)}")
+    return names
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="one model, four mixes, two loads, a minute each, one seed")
@@ -67,9 +74,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, metavar="FILE")
     options.add_argument("--markdown", action="store_true", help="also print the tables as docs/benchmarks.md has them")
     args = options.parse_args()
-    parts = args.only.split(",")
-    if wrong := [p for p in parts if p not in PARTS]:
-        options.error(f"--only: {wrong[0]!r} is not one of {', '.join(PARTS)}")
+    parts = _known(options, "--only", args.only.split(","), PARTS)
     traces = args.traces
     if absent := goodput_mixes.missing(traces):
         where = f"{traces} lacks {', '.join(absent)}" if traces else "neither --traces nor NITSUM_TRACES says where the recorded traces are"
@@ -77,9 +82,7 @@ def main() -> None:
         traces = None
     origin = "recorded traces" if traces else "SYNTHETIC TRAFFIC"
     tables, even, ladder = plans(args.quick, args.short, args.seeds)
-    mixes = args.mixes.split(",") if args.mixes else list(goodput_mixes.MIXES)
-    if wrong := [m for m in mixes if m not in goodput_mixes.MIXES]:
-        options.error(f"--mixes: {wrong[0]!r} is not one of {', '.join(goodput_mixes.MIXES)}")
+    mixes = _known(options, "--mixes", args.mixes.split(",") if args.mixes else list(goodput_mixes.MIXES), goodput_mixes.MIXES)
     tables = part_of(tables, mixes, args.gpus, args.seconds)
     if not tables:
         options.error("--mixes, --gpus: no table is left")

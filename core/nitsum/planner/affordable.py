@@ -28,7 +28,7 @@ class _Budget:
         return True
 
 
-def groups_of(placed: Iterable[Placed]) -> list[Placed]:
+def _groups(placed: Iterable[Placed]) -> list[Placed]:
     return [group for p in placed for group in p.groups()]
 
 
@@ -39,7 +39,7 @@ def affordable(decided: list[Decided], snapshot: Snapshot) -> tuple[list[Decided
     budgets = {d.q.pool.name: _Budget(d, snapshot) for d in decided}
     for d in decided:
         budget = budgets[d.q.pool.name]
-        ordered = sorted(groups_of(d.placed), key=lambda p: (p.key[2] not in budget.before[p.agent_id], p.key))
+        ordered = sorted(_groups(d.placed), key=lambda p: (p.key[2] not in budget.before[p.agent_id], p.key))
         taken = [p for p in ordered if budget.take(p)]
         if len(taken) < len(ordered):
             kept = {p.key for p in taken}
@@ -51,7 +51,7 @@ def affordable(decided: list[Decided], snapshot: Snapshot) -> tuple[list[Decided
     for i, d in enumerate(found):
         nodes = {p.agent_id for p in waiting.get(d.q.pool.name, ())}
         mine = []
-        for p in groups_of(as_placed(d.q)) if nodes else ():
+        for p in _groups(as_placed(d.q)) if nodes else ():
             if p.agent_id in nodes and not used & set(p.key[2]) and budgets[d.q.pool.name].take(p):
                 used |= set(p.key[2])
                 mine.append(p)

@@ -26,9 +26,7 @@ def narrowed(asked: Problem, answer: Answer) -> Answer:
     tried: set[tuple[int, int]] = set()
     while True:
         flows = value(only, answer.counts, "").flows
-        groups: Counter[int] = Counter()
-        for (_, k), n in answer.counts.items():
-            groups[k] += n
+        groups = answer.groups
         found: list[tuple[float, int, int]] = []
         for tier in {t for _, t in flows}:
             through = {k: flows.get((k, tier), 0.0) for k in groups if asked.kinds[k].rate(tier) > 0}

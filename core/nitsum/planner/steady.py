@@ -11,6 +11,12 @@ DWELL_MIN = 1.0
 STALE = "no fresh demand report: the last safe layout stays"
 
 
+def _flipped_at(q: PoolQuestion) -> float | None:
+    """When a node that the pool runs on last did."""
+    mine = {key[1] for key in q.running}
+    return max((n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None), default=None)
+
+
 def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
     """Why the pool must keep its layout now; empty: it may change."""
     settings = snapshot.settings
@@ -21,17 +27,15 @@ def hold(q: PoolQuestion, snapshot: Snapshot, now: float) -> str:
     mine = {key[1] for key in q.running}
     if any(n.flipping for n in q.nodes if n.node.agent_id in mine) or any(d.frozen for d in snapshot.demand if d.pool == q.pool.name):
         return "a flip is running"
-    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
-    if flipped and now - max(flipped) < settings.cooldown_s:
+    if (at := _flipped_at(q)) is not None and now - at < settings.cooldown_s:
         return f"cooling down for {settings.cooldown_s:g} s after the last flip"
     return ""
 
 
 def stood(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
     """Seconds since the pool's last flip; of one that never flipped nothing is known but that it is over."""
-    mine = {key[1] for key in q.running}
-    flipped = [n.last_flip_at for n in q.nodes if n.node.agent_id in mine and n.last_flip_at is not None]
-    return now - max(flipped) if flipped else 2 * snapshot.settings.dwell_s
+    at = _flipped_at(q)
+    return now - at if at is not None else 2 * snapshot.settings.dwell_s
 
 
 def dwell(q: PoolQuestion, snapshot: Snapshot, now: float) -> float:
