@@ -11,7 +11,6 @@ from nitsum.attainment import MARGIN
 from nitsum.demand import TierDemand
 from nitsum.perf.profile import load_shipped
 from nitsum.planner import NodeView, PlannerSettings, PoolPlan, Snapshot
-from nitsum.planner.laid import NEAR
 from nitsum.planner.planes import Planes
 from nitsum.planner.problem import Want
 from nitsum.planner.slow import SlowPlane
@@ -21,8 +20,8 @@ from nitsum.sim import hardware
 PROFILE = load_shipped("llama-3.1-8b-instruct.h100_sxm")
 TIERS = (Tier("chat", 500, 12, weight=2, default=True), Tier("agents", 2000, 30), Tier("batch", 20_000, 100))
 LENGTHS = {"chat": (800, 1.0, 200, 0.8), "agents": (3000, 1.0, 250, 1.0), "batch": (1000, 1.0, 300, 1.0)}
-LOST = NEAR
-"""What a layout may earn less that leaves fewer tiers short. The search's gap and labels found greedily are within it."""
+LOST = 0.01
+"""Which several layouts reach nearly: the search ends within a gap, and labels are found greedily."""
 RATES = st.tuples(st.floats(2, 60), st.floats(2, 40), st.floats(2, 50))
 plan = SlowPlane(governed=True)
 
